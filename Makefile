@@ -1,0 +1,53 @@
+PYTHON ?= python3
+# Where the package index offers only CUDA builds of PyTorch for this platform, add the address of PyTorch's own
+# CPU index (see pytorch.org, "Get started"): make install PIP_OPTIONS="--extra-index-url ADDRESS"
+PIP_OPTIONS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.PHONY: install demo test test-slow check docs bench lock
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 to 3.13 is needed: make PYTHON=python3.11" if not (3, 11) <= sys.version_info[:2] < (3, 14) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps $(PIP_OPTIONS) -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $(INSTALLED)
+
+demo: install
+	$(BIN)/anysite demo --output demo
+
+test: install
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -n 2 -m slow
+
+check: install
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/pyright
+
+docs: install
+	$(BIN)/python -m pip install --quiet mkdocs-material
+	$(BIN)/mkdocs build --strict
+
+bench: install
+	$(BIN)/python benchmarks/augment.py
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/predict_volume.py
+
+# Resolve every dependency anew for all supported Python versions and platforms. CUDA packages are left out:
+# with a CPU build of PyTorch nothing needs them, and a CUDA build is the user's own choice.
+lock:
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --no-header --no-annotate --no-emit-index-url --python-version 3.11 \
+		--extra development --constraint requirements.pins pyproject.toml \
+		| grep -vE '^(nvidia-|cuda-|triton|torch==)' > requirements.lock
+	cat requirements.pins >> requirements.lock

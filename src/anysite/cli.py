@@ -1,0 +1,361 @@
+"""The commands: parse, call one public function, print; PyTorch is imported only by those that compute."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anysite import __version__
+from anysite.errors import AnysiteError, BatchError, ConfigError
+
+app = typer.Typer(
+    name="anysite",
+    help="Segmentation trained on the hospitals you have, tested on those you don't.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done, 1 done but some cases failed, 2 misuse or bad input, 3 interrupted and saved.",
+)
+
+DatasetPath = Annotated[
+    Path, typer.Argument(metavar="DATASET", help="CSV manifest, nnU-Net or <site>/{images,masks} folder")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="change a setting, such as train.steps=500"),
+]
+Plugins = Annotated[
+    list[str] | None, typer.Option("--plugin", metavar="MODULE:CLASS", help="trust a class outside anysite")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
+
+
+def main() -> None:
+    """Run the command line and exit with its documented code."""
+    try:
+        app()
+    except AnysiteError as error:
+        from anysite import console
+
+        console.complain(error)
+        sys.exit(error.exit_code)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"anysite {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="folder for data, run, masks and report")] = Path("demo"),
+    dimension: Annotated[int, typer.Option(help="2 for pictures, 3 for volumes")] = 2,
+    budget: Annotated[str, typer.Option(help="time for training")] = "150s",
+    seed: int = 0,
+) -> None:
+    """The whole chain on a made-up dataset: train on three sites, test on a fourth, end in an HTML report."""
+    from anysite import console
+    from anysite.data.phantom import write_phantom
+
+    if dimension not in (2, 3):
+        raise ConfigError(f"--dimension {dimension}", expected="2 or 3")
+    began = time.monotonic()
+    data, run, masks, page = (
+        output / f"phantom_{dimension}d",
+        output / "run",
+        output / "masks",
+        output / "report.html",
+    )
+    if not (data / "index.csv").is_file():
+        write_phantom(data, dimension=dimension, seed=seed)
+    console.say(f"1. anysite check {data}")
+    check(data)
+    console.say(f"\n2. anysite train {data} --output {run} --test-domain west --budget {budget} --resume")
+    train(data, run, test_domain=["west"], budget=budget, seed=seed, resume=True)
+    console.say(f"\n3. anysite predict {run} {data} --output {masks}")
+    predict([run, data], masks)
+    console.say(f"\n4. anysite evaluate {masks} {data}")
+    evaluate(masks, data)
+    console.say(f"\n5. anysite report {masks} --output {page}")
+    report([masks], page)
+    console.say(f"\nDone in {console.format_seconds(time.monotonic() - began)}. Open {page} in a browser.")
+
+
+@app.command()
+def check(dataset: DatasetPath, json: AsJson = False) -> None:
+    """List every problem of a dataset at once, with the file, what was found and what to do."""
+    from anysite import console
+    from anysite.data.check import inspect_dataset
+
+    inspection = inspect_dataset(dataset)
+    console.as_json(inspection) if json else console.show_inspection(inspection)
+    if any(problem.severity == "error" for problem in inspection.problems):
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    dataset: DatasetPath,
+    output: Annotated[Path, typer.Option(help="the run folder to write")],
+    preset: Annotated[str, typer.Option(help="a preset's name or a .toml file")] = "baseline",
+    set_: Overrides = None,
+    test_domain: Annotated[
+        list[str] | None, typer.Option(help="a site to keep out of training altogether")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="of everything random")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="wall-clock time, such as 90s, 10m or 2h; chooses the steps")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue an interrupted run with its own settings")
+    ] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Train on every site but the test sites, and write a run folder."""
+    from anysite import console
+
+    _trust(plugin)
+    overrides = list(set_ or [])
+    if test_domain:
+        overrides.append("test_domains=[" + ", ".join(f'"{name}"' for name in test_domain) + "]")
+    if seed is not None:
+        overrides.append(f"seed={seed}")
+    from anysite import config
+    from anysite.data.layouts import open_dataset
+
+    settings = config.load(preset, overrides)
+    budget_s = None if budget is None else parse_duration(budget)
+    opened = open_dataset(dataset)
+    from anysite import train as training
+
+    with console.training_bar() as advance:
+        run = training.train(
+            opened,
+            settings,
+            output,
+            budget_s=budget_s,
+            resume=resume,
+            on_progress=advance,
+            facts={"preset": Path(preset).stem},
+        )
+    console.show_run(run)
+
+
+@app.command()
+def predict(
+    runs_and_input: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN... INPUT", help="run folders, then a dataset, a folder of images or one file"
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="folder for the masks")],
+    save_probabilities: Annotated[
+        bool, typer.Option("--save-probabilities", help="write CASE.npz beside each mask")
+    ] = False,
+    part: Annotated[
+        str, typer.Option(help="the I-th of N shares of the cases, for several machines")
+    ] = "1/1",
+    flips: Annotated[
+        bool | None, typer.Option(help="test-time augmentation by mirroring; default: the run's setting")
+    ] = None,
+    include_training: Annotated[
+        bool, typer.Option("--include-training", help="also cases the run was trained on")
+    ] = False,
+    accelerator: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    plugin: Plugins = None,
+) -> None:
+    """Segment images with one run, or with several whose probabilities are averaged."""
+    if len(runs_and_input) < 2:
+        raise ConfigError("one path", expected="one or more run folders, then the input")
+    _trust(plugin)
+    from anysite import console, runs
+    from anysite import predict as prediction
+    from anysite.data.layouts import open_images
+
+    *folders, source = runs_and_input
+    opened = [runs.open_run(folder) for folder in folders]
+    cases = open_images(source)
+    trained_on = {name for run in opened for name in run.splits["training"]}
+    if not include_training:
+        kept = tuple(case for case in cases if case.id not in trained_on)
+        if len(kept) < len(cases):
+            console.say(
+                f"{len(cases) - len(kept)} cases were trained on and are left out (--include-training keeps them)"
+            )
+        cases = kept
+    cases = prediction.select_part(cases, part)
+    plan = opened[0].plan
+    described = {"name": source.name, "classes": plan.classes, "label_values": plan.label_values}
+    count: dict[str, int] = {"done": 0, "skipped": 0, "failed": 0}
+    with console.case_bar(len(cases), "predicting") as advance:
+        for outcome in prediction.predict(
+            opened, cases, output, flips=flips, save_probabilities=save_probabilities, part=part,
+            dataset=described, accelerator=accelerator,
+        ):  # fmt: skip
+            count[outcome.status] += 1
+            advance(outcome)
+    console.say(
+        f"{count['done']} masks written to {output}, {count['skipped']} were there already, "
+        f"{count['failed']} cases failed"
+    )
+    if count["failed"]:
+        raise BatchError(
+            f"{count['failed']} of {len(cases)} cases failed",
+            fix=f"the reasons are above and in {output}/predictions.json",
+        )
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[
+        Path, typer.Argument(metavar="PREDICTIONS", help="folder of masks named after cases")
+    ],
+    dataset: DatasetPath,
+    tolerance: Annotated[float, typer.Option(help="of the surface Dice, in mm or px")] = 2.0,
+    json: AsJson = False,
+) -> None:
+    """Score masks against labels on the native grid; writes rows.jsonl and summary.json beside the masks."""
+    from anysite import atomic, console
+    from anysite import evaluate as evaluation
+    from anysite.data.layouts import open_dataset
+
+    result = evaluation.evaluate(predictions, open_dataset(dataset), tolerance=tolerance)
+    console.as_json(atomic.read_json(predictions / evaluation.SUMMARY)) if json else console.show_evaluation(
+        result
+    )
+    if result.failed:
+        raise BatchError(
+            f"{len(result.failed)} cases could not be scored", fix="the reasons are above and in summary.json"
+        )
+
+
+@app.command()
+def report(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="prediction folders and files of rows (.jsonl)")
+    ],
+    output: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
+    title: str = "",
+) -> None:
+    """Turn rows and predictions into one self-contained HTML page."""
+    from anysite import console
+    from anysite.report import write_report
+
+    write_report(paths, output, title)
+    console.say(f"report written to {output}")
+
+
+@app.command()
+def benchmark(
+    dataset: DatasetPath,
+    output: Annotated[Path, typer.Option(help="rows as JSON lines; jobs whose rows are there are skipped")],
+    methods: Annotated[str, typer.Option(help="presets, separated by commas")] = "baseline",
+    seeds: Annotated[str, typer.Option(help="separated by commas")] = "0,1,2",
+    protocol: Annotated[str, typer.Option(help="leave-one-out, train-on-one or pooled")] = "leave-one-out",
+    test_domain: Annotated[
+        list[str] | None, typer.Option(help="leave out only this site (repeatable)")
+    ] = None,
+    set_: Overrides = None,
+    budget: Annotated[str | None, typer.Option(help="wall-clock time of each training")] = None,
+    parallel: Annotated[int, typer.Option(help="jobs at once, sharing the cores")] = 1,
+    keep_runs: Annotated[Path | None, typer.Option(help="keep run folders and masks here")] = None,
+) -> None:
+    """Train and score methods over sites and seeds; one row a case, class and metric."""
+    from anysite import benchmark as benchmarking
+    from anysite import console
+    from anysite.data.layouts import open_dataset
+
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds {seeds}", expected="whole numbers separated by commas") from None
+    jobs = benchmarking.list_jobs(
+        open_dataset(dataset), dataset, methods.split(","), numbers, protocol,  # pyright: ignore[reportArgumentType]
+        set_ or [], None if budget is None else parse_duration(budget), test_domain or [],
+    )  # fmt: skip
+    began, failed = time.monotonic(), 0
+    waiting = benchmarking.unfinished(jobs, output)
+    console.say(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them done before")
+    outcomes = benchmarking.benchmark(waiting, output, parallel=parallel, keep_runs=keep_runs)
+    for finished, outcome in enumerate(outcomes, start=1):
+        failed += bool(outcome.error)
+        left = (time.monotonic() - began) / finished * (len(waiting) - finished)
+        console.show_job(outcome, finished, len(waiting), left)
+    if failed:
+        raise BatchError(
+            f"{failed} of {len(waiting)} jobs failed",
+            fix="run the same command again after mending the cause",
+        )
+
+
+@app.command()
+def methods(json: AsJson = False) -> None:
+    """List networks, objectives and presets with their settings."""
+    from anysite import config, console, registry
+
+    listed = [registry.describe(kind, name) for kind, names in registry.TABLES.items() for name in names]
+    if json:
+        console.as_json({"methods": listed, "presets": config.preset_names()})
+        return
+    for kind, names in registry.TABLES.items():
+        console.say(f"{kind}s")
+        for method in (m for m in listed if m.kind == kind and m.name in names):
+            console.say(f"  {method.name:16}{method.headline}")
+            if method.settings:
+                console.say(f"  {'':16}" + ", ".join(f"{k}={v}" for k, v in method.settings.items()))
+    console.say("presets\n  " + ", ".join(config.preset_names()))
+
+
+@app.command()
+def info(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="a run folder, a prediction folder, a dataset or an image")
+    ],
+    json: AsJson = False,
+) -> None:
+    """Tell what a path holds."""
+    from anysite import console
+    from anysite.describe import describe
+
+    content = describe(path)
+    if json:
+        console.as_json(content)
+        return
+    for name, value in content.items():
+        console.say(f"{name:16}{value}")
+
+
+def parse_duration(text: str) -> float:
+    """Return seconds from "90", "90s", "10m" or "2h".
+
+    Raises:
+        ConfigError: another form, or no time at all.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h)?", text.strip())
+    seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2] or "s"] if match else 0.0
+    if seconds <= 0:
+        raise ConfigError(f"--budget {text}", expected="a time such as 90s, 10m or 2h")
+    return seconds
+
+
+def _trust(plugins: list[str] | None) -> None:
+    from anysite import registry
+
+    for plugin in plugins or []:
+        registry.trust(plugin)

@@ -1,0 +1,50 @@
+"""What the machine at hand can do: threads, precision, memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+def use_threads(count: int = 0) -> int:
+    """Make PyTorch use `count` CPU threads, 0 for all cores this process may use; return the number."""
+    if not count:
+        # sched_getaffinity knows of limits that cpu_count does not, but not every platform has it.
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
+    return count
+
+
+def choose_precision(setting: str, accelerator: str = "cpu") -> str:
+    """Return "bf16-mixed" for "auto" where the processor computes bfloat16 natively, "32-true" elsewhere."""
+    if setting != "auto":
+        return setting
+    if accelerator == "cuda":
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
+
+
+def choose_accelerator(setting: str = "auto") -> str:
+    """Return "cuda" or "cpu"."""
+    if setting != "auto":
+        return setting
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep large freed blocks for the next step instead of returning them to the kernel.
+
+    Every training step frees and asks for the same activations; with the default thresholds each of them is
+    mapped and zeroed anew. Returns whether the C library took the setting.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    library = ctypes.CDLL(None)
+    return bool(library.mallopt(M_MMAP_THRESHOLD, 1 << 30) and library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

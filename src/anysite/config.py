@@ -1,0 +1,244 @@
+"""Settings: TOML presets, files and `--set a.b=value`, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
+
+from anysite.errors import ConfigError
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Range = tuple[float, float]
+
+
+class Settings(BaseModel):
+    """A group of settings; an unknown name is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodSettings(BaseModel):
+    """A registered method by name, with the keyword arguments of its constructor beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The settings beside the name."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class PlanSettings(Settings):
+    """What the plan would otherwise learn from the training cases."""
+
+    dimension: Literal["auto", "2d", "2.5d", "3d"] = "auto"
+    spacing: tuple[float, ...] | None = Field(
+        default=None, description="voxel size in mm (or px), slice axis first"
+    )
+    patch_size: tuple[int, ...] | None = Field(
+        default=None, description="voxels on the plan's grid, slice axis first"
+    )
+    max_patch_voxels: int | None = Field(
+        default=None, gt=0, description="upper limit for a chosen patch size; none: 2^16 in 2-D, 2^18 in 3-D"
+    )
+    context_slices: int = Field(default=1, ge=0, description="neighbours on each side, as channels, for 2.5d")
+    normalisation: Literal["auto", "case", "dataset", "none"] = "auto"
+
+
+class AugmentSettings(Settings):
+    """The standard augmentation: probabilities a sample, and ranges of strength."""
+
+    enabled: bool = True
+    channelwise: bool = Field(
+        default=True, description="draw brightness, contrast and gamma for each channel by itself"
+    )
+    affine: Probability = Field(default=0.5, description="rotation and scaling together")
+    rotation_degrees: float = Field(default=30.0, ge=0, le=180, description="largest angle to either side")
+    scale: Range = Field(default=(0.7, 1.4), description="above 1 enlarges")
+    elastic: Probability = 0.2
+    elastic_strength: Range = Field(
+        default=(0.1, 0.4), description="displacement in control-point spacings; up to 0.4 nothing folds"
+    )
+    flip: Probability = Field(default=0.5, description="for each axis")
+    flip_axes: tuple[int, ...] | None = Field(default=None, description="spatial axes to mirror; none: all")
+    brightness: Probability = 0.3
+    brightness_factor: Range = (0.7, 1.3)
+    contrast: Probability = 0.3
+    contrast_factor: Range = (0.65, 1.5)
+    gamma: Probability = 0.3
+    gamma_exponent: Range = (0.7, 1.5)
+    noise: Probability = 0.15
+    noise_sigma: Range = Field(default=(0.0, 0.2), description="in standard deviations of the channel")
+    blur: Probability = 0.2
+    blur_sigma_voxels: Range = (0.5, 1.2)
+    low_resolution: Probability = 0.25
+    low_resolution_factor: Range = Field(default=(0.5, 1.0), description="share of voxels kept on an axis")
+    bias_field: Probability = 0.2
+    bias_field_strength: float = Field(default=0.4, ge=0, description="largest logarithm of the factor")
+
+    @field_validator("scale", "brightness_factor", "contrast_factor", "gamma_exponent", "blur_sigma_voxels",
+                     "low_resolution_factor")  # fmt: skip
+    @classmethod
+    def _check_positive_range(cls, limits: Range) -> Range:
+        if not 0 < limits[0] <= limits[1]:
+            raise PydanticCustomError("range", "two positive numbers, the smaller one first")
+        return limits
+
+    @field_validator("noise_sigma", "elastic_strength")
+    @classmethod
+    def _check_range(cls, limits: Range) -> Range:
+        if not 0 <= limits[0] <= limits[1]:
+            raise PydanticCustomError("range", "two numbers from 0, the smaller one first")
+        return limits
+
+
+class TrainSettings(Settings):
+    """The training loop."""
+
+    steps: int = Field(default=1000, gt=0)
+    batch_size: int | None = Field(default=None, gt=0, description="none: 8 in 2-D, 2 in 3-D")
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=1e-2, ge=0)
+    schedule: Literal["cosine", "polynomial", "constant"] = "cosine"
+    warmup_steps: int = Field(default=50, ge=0)
+    gradient_clip: float = Field(default=12.0, gt=0)
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    devices: int = Field(default=1, gt=0)
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    foreground_fraction: Probability = Field(
+        default=0.33, description="patches centred on a foreground voxel"
+    )
+    sampling: Literal["case", "domain"] = Field(
+        default="case", description="draw cases uniformly, or sites first"
+    )
+    validation_fraction: float = Field(
+        default=0.2, ge=0, lt=1, description="source patients held out, of every site"
+    )
+    validate_every: int = Field(
+        default=250, gt=0, description="steps between validations on held-out source patients"
+    )
+    validation_cases: int = Field(default=8, ge=0, description="at most so many cases a validation")
+    checkpoint_every: int = Field(default=250, gt=0)
+    cache_memory_gb: float = Field(default=8.0, ge=0, description="above this, prepared cases wait on disk")
+    prefetch: bool = Field(
+        default=True, description="prepare the next batch in a thread while the network works"
+    )
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0: all cores")
+
+
+class PredictSettings(Settings):
+    """Sliding-window inference."""
+
+    overlap: float = Field(default=0.5, ge=0, lt=1)
+    flips: bool = Field(default=True, description="test-time augmentation by mirroring")
+    batch_size: int = Field(default=8, gt=0)
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+
+
+class Config(Settings):
+    """All settings of a run; every field has a default, so an empty file is a valid configuration."""
+
+    seed: int = 0
+    test_domains: tuple[str, ...] = Field(default=(), description="sites kept out of training altogether")
+    network: MethodSettings = MethodSettings(name="unet")
+    objectives: dict[str, dict[str, Any]] = Field(
+        default_factory=lambda: {"supervised": {}}, description="objective name to its settings"
+    )
+    plan: PlanSettings = PlanSettings()
+    augment: AugmentSettings = AugmentSettings()
+    train: TrainSettings = TrainSettings()
+    predict: PredictSettings = PredictSettings()
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that come with the package."""
+    return sorted(
+        p.name.removesuffix(".toml")
+        for p in resources.files("anysite.presets").iterdir()
+        if p.name.endswith(".toml")
+    )
+
+
+def load(preset: str = "baseline", overrides: Sequence[str] = ()) -> Config:
+    """Build the configuration from a preset name or TOML file and `a.b=value` overrides.
+
+    Raises:
+        ConfigError: an unknown preset, setting or value, with the nearest known name.
+    """
+    content = _read_preset(preset)
+    for override in overrides:
+        _apply(content, override)
+    return parse(content)
+
+
+def parse(content: dict[str, Any]) -> Config:
+    """Check a nested dictionary of settings.
+
+    Raises:
+        ConfigError: naming the first wrong setting.
+    """
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(path, setting_names(), n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else "see docs/settings.md for every setting"
+            raise ConfigError("unknown setting", where=path, fix=hint) from None
+        message = f"{first['input']!r}"
+        raise ConfigError(message, where=path, expected=first["msg"].lower()) from None
+
+
+def setting_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Return the dotted name of every setting."""
+    names: list[str] = []
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            names += setting_names(annotation, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _read_preset(preset: str) -> dict[str, Any]:
+    if preset.endswith(".toml"):
+        path = Path(preset)
+        if not path.is_file():
+            raise ConfigError("no such file", where=path)
+        text = path.read_text(encoding="utf-8")
+    elif preset in preset_names():
+        text = resources.files("anysite.presets").joinpath(f"{preset}.toml").read_text(encoding="utf-8")
+    else:
+        raise ConfigError(
+            f"unknown preset {preset!r}", expected=f"one of {', '.join(preset_names())}, or a .toml file"
+        )
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not readable as TOML ({error})", where=preset) from None
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator or not name.strip():
+        raise ConfigError(f"--set {override}", expected="name=value, such as train.steps=500")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string, so that quotes are not needed on the command line
+    *groups, last = name.strip().split(".")
+    for group in groups:
+        content = content.setdefault(group, {})
+        if not isinstance(content, dict):
+            raise ConfigError("a setting inside something that is not a group", where=name)
+    content[last] = value

@@ -1,0 +1,217 @@
+"""What the commands print: tables, progress and one-line errors, in the terminal's own width."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from anysite.benchmark import JobOutcome
+    from anysite.data.check import Inspection
+    from anysite.evaluate import Evaluation
+    from anysite.predict import CaseOutcome
+    from anysite.runs import Run
+    from anysite.train import Progress
+
+output = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Print one line as it is; paths and names are never read as markup."""
+    output.print(Text(text), soft_wrap=True)
+
+
+def complain(error: Exception) -> None:
+    """Print an error as one line on standard error."""
+    errors.print(Text.assemble(("error: ", "bold red"), str(error)))
+
+
+def as_json(content: Any) -> None:
+    """Print anything JSON-able, and nothing else, on standard output."""
+    output.print(Text(json.dumps(content, indent=1, default=_plain)), soft_wrap=True)
+
+
+def table(*columns: str, title: str = "") -> Table:
+    """Return an empty table whose first column is text and whose others are numbers."""
+    result = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return result
+
+
+def show_inspection(inspection: Inspection) -> None:
+    """Print a dataset's sites and every problem found."""
+    sites = table("site", "cases", "patients", "labelled", "shape", "spacing", title="Sites")
+    for site in inspection.sites:
+        sites.add_row(
+            Text(site.domain), str(site.cases), str(site.patients), str(site.labelled),
+            " x ".join(_range(*r) for r in site.shape),
+            f"{' x '.join(_range(*r) for r in site.spacing)} {site.unit}",
+        )  # fmt: skip
+    output.print(sites)
+    for problem in inspection.problems:
+        colour = "red" if problem.severity == "error" else "yellow"
+        place = " ".join(part for part in (problem.case, problem.file) if part)
+        output.print(
+            Text.assemble(
+                (f"{problem.severity}: ", f"bold {colour}"),
+                f"{place + ': ' if place else ''}{problem.observed}; expected {problem.expected}. {problem.fix}.",
+                (f"  [{problem.rule}]", "dim"),
+            ),
+            soft_wrap=True,
+        )
+    count = {s: sum(p.severity == s for p in inspection.problems) for s in ("error", "warning")}
+    say(f"{count['error']} errors, {count['warning']} warnings")
+
+
+@contextmanager
+def training_bar() -> Iterator[Any]:
+    """Show a progress bar with loss, Dice and time left; yields the function that takes each `Progress`."""
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    with Bar(*columns, console=errors, refresh_per_second=2) as bar:
+        task = bar.add_task("", text="", total=None)
+
+        def advance(progress: Progress) -> None:
+            if progress.note:
+                errors.print(Text(f"warning: {progress.note}"))
+                return
+            dice = "" if progress.dice is None else f"  held-out Dice {100 * progress.dice:.1f}"
+            text = f"loss {progress.loss:.3f}{dice}  {format_seconds(progress.seconds_left)} left"
+            bar.update(task, completed=progress.step, total=progress.steps, text=text)
+
+        yield advance
+
+
+def show_run(run: Run) -> None:
+    """Print what a finished training amounts to."""
+    for reason in run.plan.reasons:
+        say(f"  plan: {reason}")
+    facts = run.manifest
+    say(
+        f"trained {facts['steps']} steps in {format_seconds(facts['seconds'])} on "
+        f"{len(run.splits['training'])} cases of {', '.join(facts['train_domains'])}; "
+        f"{len(run.splits['held_out'])} held out, {len(run.splits['test'])} of test sites; run folder {run.path}"
+    )
+
+
+@contextmanager
+def case_bar(total: int, verb: str) -> Iterator[Any]:
+    """Show a progress bar over cases; yields the function to call after each with its outcome."""
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=errors, refresh_per_second=2) as bar:
+        task = bar.add_task("", total=total)
+
+        def advance(outcome: CaseOutcome | None = None) -> None:
+            if outcome is not None and outcome.error:
+                errors.print(Text.assemble(("failed: ", "bold red"), f"{outcome.case.id}: {outcome.error}"))
+            bar.advance(task)
+
+        yield advance
+
+
+def show_evaluation(evaluation: Evaluation) -> None:
+    """Print Dice by site with intervals over patients, and what could not be scored."""
+    from anysite.statistics import estimate_mean
+
+    shown = {"unseen": "unseen", "in_domain": "in domain", "training": "trained on", "unknown": ""}
+    result = table(
+        "site",
+        "",
+        "patients",
+        "cases",
+        "Dice",
+        "95 % interval",
+        "IoU",
+        "HD95",
+        "surface Dice",
+        title="Mean over patients",
+    )
+    groups = dict.fromkeys((row["domain"], row["split"]) for row in evaluation.rows)
+    for domain, split in groups:
+        rows = [
+            r
+            for r in evaluation.rows
+            if (r["domain"], r["split"]) == (domain, split) and r["value"] is not None
+        ]
+        means = {}
+        for metric in ("dice", "iou", "hd95", "surface_dice"):
+            chosen = [r for r in rows if r["metric"] == metric]
+            means[metric] = chosen and estimate_mean(
+                [r["value"] for r in chosen], [r["patient"] for r in chosen]
+            )
+        dice = means["dice"]
+        if not dice:
+            continue
+        unit = next((r["unit"] for r in rows if r["metric"] == "hd95"), "")
+        interval = "one patient" if dice.low is None else f"{100 * dice.low:.1f} to {100 * dice.high:.1f}"
+        result.add_row(
+            Text(domain), shown[split], str(dice.n_patients), str(len({r["case"] for r in rows})),
+            f"{100 * dice.mean:.1f}", interval,
+            *(f"{means[m].mean * scale:.1f}{unit_text}" if means[m] else "-"
+              for m, scale, unit_text in (("iou", 100, ""), ("hd95", 1, f" {unit}"), ("surface_dice", 100, ""))),
+        )  # fmt: skip
+    output.print(result)
+    for case, error in evaluation.failed.items():
+        errors.print(Text.assemble(("not scored: ", "bold red"), f"{case}: {error}"))
+    if evaluation.unpredicted:
+        say(
+            f"{len(evaluation.unpredicted)} labelled cases have no mask here, such as {evaluation.unpredicted[0]}"
+        )
+
+
+def show_job(outcome: JobOutcome, number: int, total: int, seconds_left: float) -> None:
+    """Print one line on a finished benchmark job."""
+    job = outcome.job
+    name = f"{number}/{total}  {job.method}  seed {job.seed}  trained on {'+'.join(job.train_domains)}"
+    if outcome.error:
+        errors.print(Text.assemble(("failed: ", "bold red"), f"{name}: {outcome.error}"))
+        return
+    parts = []
+    for split, text in (("in_domain", "in domain"), ("unseen", "unseen")):
+        values = [
+            r["value"]
+            for r in outcome.rows
+            if (r["split"], r["metric"]) == (split, "dice") and r["value"] is not None
+        ]
+        if values:
+            parts.append(f"{text} {100 * sum(values) / len(values):.1f}")
+    say(f"{name}: Dice {', '.join(parts)};  {format_seconds(seconds_left)} left")
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration for people, such as "2 min 05 s"."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:g}" if low == high else f"{low:g}-{high:g}"
+
+
+def _plain(value: Any) -> Any:
+    return (
+        dataclasses.asdict(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
+        else str(value)
+    )
+
+
+def listed(items: Sequence[str], most: int = 5) -> str:
+    """Return names joined by commas, cut after `most`."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -1,0 +1,1 @@
+"""Images, labels, cases and datasets: from files and back to files."""

@@ -1,0 +1,154 @@
+"""Cases and datasets: which files belong together, to which patient, from which site."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from anysite.data import files
+from anysite.data.volume import Volume
+from anysite.errors import DataError, GeometryError, LabelError
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image to segment, with its files, patient and site; nothing is read until asked for."""
+
+    id: str
+    patient: str
+    domain: str
+    image_paths: tuple[Path, ...]
+    label_path: Path | None = None
+    task: str = ""
+
+    def image(self) -> Volume:
+        """Read the image, one file or one file a channel, as `(C, *S)`.
+
+        Raises:
+            FileFormatError: a file cannot be read.
+            GeometryError: the channels do not lie on one grid.
+        """
+        channels = [files.read(path) for path in self.image_paths]
+        for path, channel in zip(self.image_paths, channels, strict=True):
+            if not channel.same_grid(channels[0]):
+                raise GeometryError(
+                    f"shape {channel.shape} and spacing {_rounded(channel.spacing)}",
+                    where=path,
+                    expected=f"the grid of {self.image_paths[0].name}: shape {channels[0].shape} and "
+                    f"spacing {_rounded(channels[0].spacing)}",
+                    fix="resample the channels of a case to one grid",
+                )
+        return channels[0].with_array(np.concatenate([channel.array for channel in channels]))
+
+    def label(self) -> Volume:
+        """Read the label map `(1, *S)` with the values stored in its file.
+
+        Raises:
+            DataError: the case has no label.
+            FileFormatError, LabelError: the file is no label map.
+        """
+        if self.label_path is None:
+            raise DataError("a case without a label", where=self.id)
+        return files.read_label(self.label_path)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Cases with their class names and where they come from.
+
+    Attributes:
+        classes: Names by class index; index 0 is the background.
+        label_values: The value in label files that stands for each class index.
+        regions: For overlapping classes, the class indices that make up each region (nnU-Net's region
+            training); empty otherwise.
+        region_names: One name for each region.
+        region_classes: The class index that each region stands for in a label map, where the regions are
+            painted over each other in their order (nnU-Net's `regions_class_order`).
+        provenance: Licence, link, modality and the like, for people.
+    """
+
+    name: str
+    cases: tuple[Case, ...]
+    classes: tuple[str, ...]
+    label_values: tuple[int, ...]
+    regions: tuple[tuple[int, ...], ...] = ()
+    region_names: tuple[str, ...] = ()
+    region_classes: tuple[int, ...] = ()
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The sites, in the order of their first case."""
+        return tuple(dict.fromkeys(case.domain for case in self.cases))
+
+    @property
+    def labelled(self) -> tuple[Case, ...]:
+        """The cases that have a label file."""
+        return tuple(case for case in self.cases if case.label_path is not None)
+
+    def with_cases(self, cases: Iterable[Case]) -> Dataset:
+        """Return this dataset with other cases."""
+        return replace(self, cases=tuple(cases))
+
+    def leave_out(self, domains: Collection[str]) -> tuple[Dataset, Dataset]:
+        """Split into (all other sites, the sites `domains`).
+
+        Raises:
+            DataError: a site that the dataset does not have.
+        """
+        for domain in domains:
+            if domain not in self.domains:
+                raise DataError(
+                    f"no site named {domain!r}", where=self.name, expected=f"one of {', '.join(self.domains)}"
+                )
+        return (
+            self.with_cases(c for c in self.cases if c.domain not in domains),
+            self.with_cases(c for c in self.cases if c.domain in domains),
+        )
+
+    def hold_out_patients(self, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+        """Split into (training, held out) by patient, a like share of every site with two or more patients.
+
+        All cases of a patient stay together, also where a patient appears at several sites.
+        """
+        held_out: set[str] = set()
+        for domain in self.domains:
+            patients = sorted({c.patient for c in self.cases if c.domain == domain} - held_out)
+            count = min(max(1, round(fraction * len(patients))), len(patients) - 1) if fraction > 0 else 0
+            held_out.update(random.Random(f"{seed}/{domain}").sample(patients, max(0, count)))
+        return (
+            self.with_cases(c for c in self.cases if c.patient not in held_out),
+            self.with_cases(c for c in self.cases if c.patient in held_out),
+        )
+
+    def class_indices(self, label: Volume, where: object = "") -> Volume:
+        """Return a label map as read from file with its values replaced by class indices.
+
+        Raises:
+            LabelError: a value that stands for no declared class.
+        """
+        values = np.asarray(self.label_values)
+        found = np.unique(label.array)
+        unknown = [int(v) for v in found if v not in self.label_values]
+        if unknown:
+            raise LabelError(
+                f"label value{'s' if len(unknown) > 1 else ''} {', '.join(map(str, unknown[:10]))}",
+                where=where,
+                expected=f"only {', '.join(map(str, self.label_values))} "
+                f"({', '.join(self.classes[:8])}{', ...' if len(self.classes) > 8 else ''})",
+                fix='declare the classes in dataset.json ("labels": {"background": 0, "name": value}) '
+                "or mend the label",
+            )
+        if self.label_values == tuple(range(len(values))):
+            return label
+        lookup = np.zeros(int(values.max()) + 1, np.int32)
+        lookup[values] = np.arange(len(values))
+        return label.with_array(lookup[label.array])
+
+
+def _rounded(spacing: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(round(s, 4) for s in spacing)

@@ -1,0 +1,115 @@
+"""PNG, JPEG and TIFF files through Pillow and tifffile."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from PIL import Image, ImageSequence
+
+from anysite.data.volume import Volume
+from anysite.errors import FileFormatError
+
+MAX_PIXELS = 2**28
+# Compressions that tifffile decodes by itself (none, deflate, PackBits); Pillow's libtiff knows the others.
+TIFF_COMPRESSIONS = (1, 8, 32946, 32773)
+# What Pillow and tifffile raise for files that lie about themselves.
+DAMAGED = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError, MemoryError),
+    *(RuntimeError, AssertionError, Warning, struct.error, zlib.error),
+)
+# Pillow raises for twice this many pixels, before it decodes anything.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+
+
+def read(path: Path) -> Volume:
+    """Read a picture as `(C, H, W)`; transparency is dropped, palettes keep their indices.
+
+    A TIFF of several pages is a volume `(1, pages, H, W)` in pixel units.
+
+    Raises:
+        FileFormatError: damaged, too large or of a kind that is not a picture.
+    """
+    try:
+        array = _read_tiff(path) if path.suffix.lower() in (".tif", ".tiff") else _read_pillow(path)
+    except FileFormatError:
+        raise
+    except DAMAGED as error:
+        raise FileFormatError(f"not readable as a picture ({_one_line(error)})", where=path) from error
+    except Image.DecompressionBombError as error:
+        raise FileFormatError("too many pixels", where=path, expected=f"at most {MAX_PIXELS}") from error
+    return Volume.of_pixels(array)
+
+
+def write_label(volume: Volume, path: Path) -> None:
+    """Write a label map `(1, H, W)` as 8-bit grey, or 16-bit where there are more than 256 classes.
+
+    Raises:
+        FileFormatError: a volume with three spatial axes for a format that has two.
+    """
+    array = volume.array[0].astype(np.uint8 if volume.array.max() < 256 else np.uint16)
+    if path.suffix.lower() in (".tif", ".tiff"):
+        tifffile.imwrite(path, array, photometric="minisblack", compression="deflate")
+    elif array.ndim != 2:
+        raise FileFormatError(
+            "a mask with three spatial axes", where=path, expected="NIfTI or TIFF for volumes"
+        )
+    else:
+        Image.fromarray(array).save(path)
+
+
+def _read_pillow(path: Path) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            if image.mode in ("RGBA", "CMYK", "YCbCr", "LAB", "HSV"):
+                image = image.convert("RGB")
+            elif image.mode in ("LA", "1"):
+                image = image.convert("L")
+            if getattr(image, "n_frames", 1) > 1 and image.format == "TIFF":
+                return np.stack([np.array(frame) for frame in ImageSequence.Iterator(image)])[None]
+            array = np.array(image)
+    return array[None] if array.ndim == 2 else np.ascontiguousarray(np.moveaxis(array, -1, 0))
+
+
+def _read_tiff(path: Path) -> np.ndarray:
+    with tifffile.TiffFile(path) as tiff:
+        series = tiff.series[0]
+        if np.prod(series.shape, dtype=float) > MAX_PIXELS:
+            raise FileFormatError(f"{series.shape} pixels", where=path, expected=f"at most {MAX_PIXELS}")
+        if any(not other.keyframe.is_reduced for other in tiff.series[1:]):
+            raise FileFormatError("pages of different shapes", where=path, expected="pages of one shape")
+        _require_all_pages(tiff, path)
+        axes, array = series.axes, None
+        if series.keyframe.compression in TIFF_COMPRESSIONS:
+            array = series.asarray()
+    if array is None:
+        return _read_pillow(path)
+    if array.dtype == bool:  # as Pillow does for 1-bit PNG
+        array = array.astype(np.uint8) * 255
+    if "S" in axes:  # samples: colour, with or without transparency
+        array = np.moveaxis(array, axes.index("S"), 0)
+        return np.ascontiguousarray(array[:3] if array.shape[0] >= 3 else array[:1])
+    return array[None]
+
+
+def _require_all_pages(tiff: tifffile.TiffFile, path: Path) -> None:
+    """Follow the last page's link: tifffile only logs where a truncated file lost the pages after it."""
+    layout, file, pages = tiff.tiff, tiff.filehandle, tiff.pages
+    start = pages[len(pages) - 1].offset
+    file.seek(start)
+    (tags,) = struct.unpack(layout.tagnoformat, file.read(layout.tagnosize))
+    file.seek(start + layout.tagnosize + tags * layout.tagsize)
+    (following,) = struct.unpack(layout.offsetformat, file.read(layout.offsetsize))
+    if following:
+        raise FileFormatError(
+            f"only {len(pages)} pages can be read", where=path, fix="the file is truncated: copy it again"
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

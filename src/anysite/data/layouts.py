@@ -1,0 +1,442 @@
+"""Finding the cases of a dataset: CSV manifests, nnU-Net folders, folders of images and masks."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+
+from anysite import atomic
+from anysite.data import files
+from anysite.data.case import Case, Dataset
+from anysite.errors import DataError, LabelError
+
+MANIFESTS = ("index.csv", "dataset.csv", "manifest.csv")
+MASK_FOLDERS = ("masks", "labels")
+EXPECTED = (
+    f"a CSV manifest ({', '.join(MANIFESTS)}), an nnU-Net folder (dataset.json, imagesTr, labelsTr), "
+    "or <site>/images and <site>/masks"
+)
+
+
+class ListedCase(BaseModel):
+    """The files of a case named in nnU-Net's dataset.json instead of by file name."""
+
+    images: list[str]
+    label: str | None = None
+
+
+class Declaration(BaseModel):
+    """What dataset.json says of a dataset; other keys are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+    name: str = ""
+    labels: dict[str, NonNegativeInt | list[NonNegativeInt] | str] = {}
+    regions_class_order: list[NonNegativeInt] = []
+    channel_names: dict[str, str] = {}
+    modality: dict[str, str] | str = {}
+    licence: str = ""
+    license: str = ""
+    link: str = ""
+    reference: str = ""
+    file_ending: str = ""
+    dataset: dict[str, ListedCase] = {}
+
+
+def open_dataset(path: Path) -> Dataset:
+    """Open the dataset at `path`: a CSV manifest, an nnU-Net v2 folder, or folders of images and masks.
+
+    Only where no dataset.json declares the classes are the label files read, to find their values.
+
+    Raises:
+        DataError: nothing known lies there, or the layout contradicts itself.
+        LabelError: undeclared classes that cannot be told from the label values.
+    """
+    dataset = find_cases(path)
+    if dataset.classes:
+        return dataset
+    if not dataset.labelled:
+        raise LabelError(
+            "no label files and no declared classes",
+            where=path,
+            fix='add dataset.json with "labels": {"background": 0, "name": 1}',
+        )
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda case: set(count_values(case.label().array)), dataset.labelled)
+        classes, label_values = infer_classes(set().union(*found), where=path)
+    return replace(dataset, classes=classes, label_values=label_values)
+
+
+def open_images(path: Path) -> tuple[Case, ...]:
+    """List the images to segment at `path`: a dataset, a folder of image files, or one image file.
+
+    Raises:
+        DataError: nothing that can be read lies there.
+    """
+    path = _existing(path)
+    if _layout(path):
+        return find_cases(path).cases
+    images = _images_in(path) if path.is_dir() else [path] if files.suffix_of(path) else []
+    if not images:
+        raise DataError(
+            f"no images: {_listing(path)}",
+            where=path,
+            expected=f"image files ({', '.join(files.FORMATS)}), {EXPECTED}",
+            fix="convert other formats to NIfTI, PNG or TIFF",
+        )
+    domain = (path if path.is_dir() else path.parent).resolve().name
+    return tuple(Case(id, id, domain, paths) for id, paths in _channels(images).items())
+
+
+def find_cases(path: Path) -> Dataset:
+    """List a dataset's cases without reading an image; `classes` is empty where none are declared.
+
+    Raises:
+        DataError: nothing known lies there, or the layout contradicts itself.
+    """
+    path = _existing(path)
+    read = _layout(path)
+    if read is None:
+        raise DataError(
+            f"no dataset: {_listing(path)}",
+            where=path,
+            expected=EXPECTED,
+            fix="rename the folders, or write index.csv with the columns case, patient, domain, image, label",
+        )
+    dataset = read(path)
+    if not dataset.cases:
+        raise DataError("a dataset without cases", where=path, expected="at least one image")
+    for case in dataset.cases:
+        if re.search(r"[/\\\x00]|^\.*$", case.id):
+            raise DataError(f"case {case.id!r}", where=path, expected="an identifier that can name a file")
+    return dataset
+
+
+def infer_classes(values: Collection[int], where: object = "") -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Name the classes that label `values` stand for: (classes, label values), 0 being the background.
+
+    Raises:
+        LabelError: only background, or values too far apart to be class indices.
+    """
+    found, highest = sorted(values), max(values)
+    if found == [0, 255]:
+        return ("background", "foreground"), (0, 255)
+    # Class indices leave few gaps; grey values, instance numbers and colours leave many.
+    if 1 <= highest <= 255 and len({0, *found}) > (highest + 1) / 2:
+        return ("background", *(f"class_{i}" for i in range(1, highest + 1))), tuple(range(highest + 1))
+    listing = ", ".join(map(str, found[:20])) + (f", ... ({len(found)} values)" if len(found) > 20 else "")
+    raise LabelError(
+        f"label values {listing}, and no declared classes",
+        where=where,
+        expected="0 and 255, or class indices 0, 1, 2, ... with few gaps",
+        fix='declare them in dataset.json beside the data: "labels": {"background": 0, "name": value}',
+    )
+
+
+def count_values(label: np.ndarray) -> dict[int, int]:
+    """Count the voxels of each value in a label array of non-negative integers."""
+    if label.max() < 2**20:  # counting needs no sort
+        counts = np.bincount(label.ravel())
+        return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+    values, counts = np.unique(label, return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def _layout(path: Path) -> Callable[[Path], Dataset] | None:
+    if path.is_file():
+        return _from_manifest if path.suffix.lower() == ".csv" else None
+    if any((path / name).is_file() for name in MANIFESTS):
+        return _from_manifest
+    if (path / "imagesTr").is_dir() and (path / "dataset.json").is_file():
+        return _from_nnunet
+    if path.name in ("imagesTr", "imagesTs") and (path.parent / "dataset.json").is_file():
+        return _from_nnunet
+    if (path / "images").is_dir() or any(_sites_in(path)):
+        return _from_folders
+    return None
+
+
+def _from_manifest(path: Path) -> Dataset:
+    if path.is_dir():
+        path = next(path / name for name in MANIFESTS if (path / name).is_file())
+    folder = path.parent
+    columns, rows = _read_table(path)
+    for column in ("case", "image"):
+        if column not in columns:
+            raise DataError(
+                f"no column {column!r} among {', '.join(columns)}",
+                where=path,
+                expected="the columns case and image; patient, domain, label, image_1, ... and task if known",
+            )
+    more = sorted((c for c in columns if re.fullmatch(r"image_\d+", c)), key=lambda c: int(c[6:]))
+    if more != [f"image_{i}" for i in range(1, len(more) + 1)]:
+        raise DataError(
+            f"channel columns {', '.join(more)}", where=path, expected="image, image_1, image_2, ..."
+        )
+    cases, lines = [], defaultdict(list)
+    for line, row in rows:
+        for column in ("case", "image", "patient", "domain"):
+            if column in columns and not row[column]:
+                raise DataError(
+                    f"no {column} in line {line}", where=path, fix="fill it in or drop the column"
+                )
+        images = [row[column] for column in ("image", *more)]
+        while not images[-1]:
+            images.pop()
+        if "" in images:
+            raise DataError(
+                f"a channel is missing in line {line}", where=path, expected="channels without gaps"
+            )
+        lines[row["case"]].append(line)
+        cases.append(
+            Case(
+                row["case"],
+                row.get("patient") or row["case"],
+                row.get("domain") or folder.resolve().name,
+                tuple(folder / image for image in images),
+                folder / row["label"] if row.get("label") else None,
+                row.get("task", ""),
+            )
+        )
+    twice = [f"{id} (lines {', '.join(map(str, where))})" for id, where in lines.items() if len(where) > 1]
+    if twice:
+        raise DataError(
+            f"{len(twice)} case identifiers used twice: {'; '.join(twice[:10])}", where=path, fix="rename one"
+        )
+    return _dataset(folder, cases, _read_declaration(folder / "dataset.json"))
+
+
+def _read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"not readable ({error})", where=path, expected="CSV in UTF-8") from None
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    rows = []
+    try:
+        table = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
+        columns = [column.strip().lower() for column in table.fieldnames or []]
+        table.fieldnames = columns
+        for row in table:
+            if None in row:
+                raise DataError(f"line {table.line_num} has more fields than the header", where=path)
+            rows.append((table.line_num, {name: (cell or "").strip() for name, cell in row.items()}))
+    except csv.Error as error:
+        raise DataError(f"not readable as CSV ({error})", where=path) from None
+    if len(set(columns)) < len(columns):
+        raise DataError(f"two columns of one name among {', '.join(columns)}", where=path)
+    return columns, rows
+
+
+def _from_nnunet(path: Path) -> Dataset:
+    folder, images = (path, "imagesTr") if (path / "imagesTr").is_dir() else (path.parent, path.name)
+    declaration = _read_declaration(folder / "dataset.json")
+    if declaration.dataset and images == "imagesTr":
+        found = {
+            id: (
+                tuple(folder / image for image in entry.images),
+                folder / entry.label if entry.label else None,
+            )
+            for id, entry in declaration.dataset.items()
+        }
+    else:
+        found = _paired(folder / images, folder / images.replace("images", "labels"), declaration.file_ending)
+    mapping = _site_mapping(folder)
+    unmapped = [id for id in found if id not in mapping]
+    if mapping and unmapped and images == "imagesTr":
+        raise DataError(
+            f"{len(unmapped)} cases without a site, such as {', '.join(unmapped[:5])}",
+            where=folder,
+            fix="add them to domain_mapping*.json",
+        )
+    default = declaration.name or folder.resolve().name
+    cases = [Case(id, id, mapping.get(id, default), *paths) for id, paths in found.items()]
+    return _dataset(folder, cases, declaration)
+
+
+def _site_mapping(folder: Path) -> dict[str, str]:
+    sites: dict[str, str] = {}
+    for path in sorted(folder.glob("domain_mapping*.json")):
+        content = atomic.read_json(path)
+        if not isinstance(content, dict):
+            raise DataError("not an object", where=path, expected="{case: site} or {site: [cases]}")
+        for key, value in content.items():
+            pairs = [(case, key) for case in value] if isinstance(value, list) else [(key, value)]
+            for case, site in pairs:
+                if sites.setdefault(str(case), str(site)) != str(site):
+                    raise DataError(f"case {case} at the sites {sites[str(case)]} and {site}", where=path)
+    return sites
+
+
+def _from_folders(path: Path) -> Dataset:
+    sites = [path] if (path / "images").is_dir() else _sites_in(path)
+    cases = []
+    for site in sites:
+        masks = [site / name for name in MASK_FOLDERS if (site / name).is_dir()]
+        if len(masks) > 1:
+            raise DataError("both masks and labels", where=site, fix="keep the folder that holds the labels")
+        found = _paired(site / "images", masks[0] if masks else None)
+        cases += [Case(id, id, site.resolve().name, *paths) for id, paths in found.items()]
+    if len({case.id for case in cases}) < len(cases):  # one file name at two sites is two patients
+        named = [f"{case.domain}_{case.id}" for case in cases]
+        cases = [replace(case, id=id, patient=id) for case, id in zip(cases, named, strict=True)]
+        twice = {id for id in named if named.count(id) > 1}
+        if twice:
+            raise DataError(f"two cases called {', '.join(sorted(twice))}", where=path, fix="rename one")
+    return _dataset(path, cases, _read_declaration(path / "dataset.json"))
+
+
+def _paired(
+    images: Path, labels: Path | None, ending: str = ""
+) -> dict[str, tuple[tuple[Path, ...], Path | None]]:
+    """Return the image files and the label file of every case in a pair of folders."""
+    label_paths = _by_stem(_images_in(labels, ending)) if labels and labels.is_dir() else {}
+    channels = _channels(_images_in(images, ending), label_paths)
+    orphans = [label.name for id, label in label_paths.items() if id not in channels]
+    if orphans:
+        raise DataError(
+            f"{len(orphans)} labels without an image, such as {', '.join(orphans[:5])}",
+            where=labels,
+            expected=f"images of the same name, or with _0000, _0001, ... for each channel, in {images.name}",
+        )
+    return {id: (paths, label_paths.get(id)) for id, paths in channels.items()}
+
+
+def _channels(images: Sequence[Path], labels: Collection[str] = ()) -> dict[str, tuple[Path, ...]]:
+    """Group files by case: by _0000, _0001, ... if every name counts up so, else one file is one case."""
+    stems = _by_stem(images)
+    groups: dict[str, list[tuple[str, Path]]] = defaultdict(list)
+    for stem, path in stems.items():
+        match = re.fullmatch(r"(.+)_(\d{4})", stem)
+        if match is None or stem in labels:
+            return {stem: (path,) for stem, path in stems.items()}
+        groups[match[1]].append((match[2], path))
+    for numbered in groups.values():
+        if [number for number, _ in sorted(numbered)] != [f"{i:04d}" for i in range(len(numbered))]:
+            return {stem: (path,) for stem, path in stems.items()}
+    return {id: tuple(path for _, path in sorted(numbered)) for id, numbered in groups.items()}
+
+
+def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
+    stems: dict[str, Path] = {}
+    for path in paths:
+        other = stems.setdefault(files.stem_of(path), path)
+        if other is not path:
+            raise DataError(
+                f"{other.name} and {path.name} have one name", where=path.parent, fix="rename one"
+            )
+    return stems
+
+
+def _images_in(folder: Path, ending: str = "") -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if files.suffix_of(path) and path.name.endswith(ending) and not path.name.startswith(".")
+    )
+
+
+def _sites_in(folder: Path) -> list[Path]:
+    return sorted(images.parent for images in folder.glob("*/images") if images.is_dir())
+
+
+def _read_declaration(path: Path) -> Declaration:
+    if not path.is_file():
+        return Declaration()
+    try:
+        return Declaration.model_validate(atomic.read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise DataError(f"{key} is {first['input']!r}: {first['msg']}", where=path) from None
+
+
+def _dataset(folder: Path, cases: Iterable[Case], declaration: Declaration) -> Dataset:
+    modality = declaration.modality or declaration.channel_names
+    provenance = {
+        "licence": declaration.licence or declaration.license,
+        "link": declaration.link or declaration.reference,
+        "modality": modality if isinstance(modality, str) else ", ".join(modality.values()),
+    }
+    dataset = Dataset(
+        declaration.name or folder.resolve().name,
+        tuple(cases),
+        (),
+        (),
+        provenance={key: value for key, value in provenance.items() if value},
+    )
+    return _declare_classes(dataset, declaration, folder / "dataset.json") if declaration.labels else dataset
+
+
+def _declare_classes(dataset: Dataset, declaration: Declaration, path: Path) -> Dataset:
+    labels = declaration.labels
+    if all(isinstance(value, str) and key.isdecimal() for key, value in labels.items()):
+        labels = {
+            str(name): int(value) for value, name in labels.items()
+        }  # the Decathlon's {"0": "background"}
+    background = (
+        "background" if "background" in labels else next((n for n, v in labels.items() if v == 0), None)
+    )
+    regions = {name: value for name, value in labels.items() if name != background}
+    by_value = {
+        value[0] if isinstance(value, list) else value: name
+        for name, value in regions.items()
+        if _single(value)
+    }
+    first = labels.get(background or "")
+    if not isinstance(first, int) or any(isinstance(value, str) for value in labels.values()):
+        raise LabelError(f"labels {labels}", where=path, expected='{"background": 0, "name": 1}')
+    if "ignore" in labels:
+        raise LabelError(
+            "an ignore label", where=path, expected="a class for every voxel", fix="remap those voxels"
+        )
+    overlapping = any(isinstance(value, list) for value in regions.values())
+    members = [tuple(value) if isinstance(value, list) else (value,) for value in regions.values()]
+    values = (first, *sorted({value for region in members for value in region}))
+    if len(set(values)) < len(values) or (not overlapping and len(values) < len(labels)):
+        raise LabelError(
+            f"one value for two classes among {labels}", where=path, expected="a value for each class"
+        )
+    classes = (str(background), *(by_value.get(value, f"class_{value}") for value in values[1:]))
+    dataset = replace(dataset, classes=classes, label_values=values)
+    if not overlapping:
+        return dataset
+    order = declaration.regions_class_order
+    if len(order) != len(members) or any(c not in region for c, region in zip(order, members, strict=True)):
+        raise LabelError(
+            f"regions_class_order {order} for the regions {members}",
+            where=path,
+            expected="for each region the one of its values that it is written as, larger regions first",
+        )
+    return replace(
+        dataset,
+        regions=tuple(tuple(values.index(value) for value in region) for region in members),
+        region_names=tuple(regions),
+        region_classes=tuple(values.index(value) for value in order),
+    )
+
+
+def _single(value: int | str | list[int]) -> bool:
+    return isinstance(value, int) or (isinstance(value, list) and len(value) == 1)
+
+
+def _existing(path: Path) -> Path:
+    if not Path(path).exists():
+        raise DataError("no such file or folder", where=path, expected=EXPECTED)
+    return Path(path)
+
+
+def _listing(path: Path) -> str:
+    if path.is_file():
+        return f"a file called {path.name}"
+    names = sorted(p.name for p in path.iterdir())
+    return f"the folder holds {', '.join(names[:6]) or 'nothing'}{', ...' if len(names) > 6 else ''}"

@@ -1,0 +1,90 @@
+"""NIfTI files through nibabel, refused when shorter or longer than their header says."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from anysite.data.volume import Volume
+from anysite.errors import FileFormatError, GeometryError
+
+MAX_VOXELS = 2**31
+# What nibabel raises for files that lie about themselves.
+DAMAGED = (
+    *(OSError, EOFError, ValueError, TypeError, ArithmeticError, MemoryError, AssertionError, zlib.error),
+    *(ImageFileError, HeaderDataError),
+)
+
+
+def read(path: Path) -> Volume:
+    """Read a NIfTI file; a fourth axis becomes channels.
+
+    Raises:
+        FileFormatError: not NIfTI, truncated, or larger than `MAX_VOXELS`.
+        GeometryError: fewer than two or more than four axes, or an unusable affine.
+    """
+    try:
+        image = nibabel.load(path)
+        assert isinstance(image, nibabel.Nifti1Image)
+        shape, dtype = image.shape, np.dtype(image.get_data_dtype())
+        if np.prod(shape, dtype=float) > MAX_VOXELS:
+            raise FileFormatError(f"{shape} voxels", where=path, expected=f"at most {MAX_VOXELS}")
+        offset = int(image.dataobj.offset)  # pyright: ignore[reportAttributeAccessIssue]
+        _require_length(path, offset + int(np.prod(shape)) * dtype.itemsize)
+        array = np.asanyarray(image.dataobj)
+    except (FileFormatError, GeometryError):
+        raise
+    except DAMAGED as error:
+        raise FileFormatError(f"not readable as NIfTI ({_one_line(error)})", where=path) from error
+    if array.dtype.kind not in "biuf":
+        raise FileFormatError("a NIfTI of colour or structured values", where=path, expected="numbers")
+    while array.ndim > 4 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim == 5 and array.shape[3] == 1:  # the NIfTI convention for vector values
+        array = array[..., 0, :]
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim not in (3, 4):
+        raise GeometryError(
+            f"a NIfTI of shape {shape}", where=path, expected="3 axes, or 4 with channels last"
+        )
+    channels_first = array[None] if array.ndim == 3 else np.moveaxis(array, -1, 0)
+    return Volume(np.ascontiguousarray(channels_first), np.asarray(image.affine, float))
+
+
+def write_label(volume: Volume, path: Path) -> None:
+    """Write a label map `(1, X, Y, Z)` with the volume's affine as sform and qform."""
+    dtype = np.uint8 if volume.array.max() < 256 else np.uint16
+    image = nibabel.Nifti1Image(volume.array[0].astype(dtype), volume.affine)
+    image.header.set_xyzt_units("mm")
+    nibabel.save(image, path)
+
+
+def _require_length(path: Path, expected: int) -> None:
+    """Compare a file's length in bytes, uncompressed, with what its header claims."""
+    if path.name.lower().endswith(".gz"):
+        found = 0
+        with gzip.open(path) as stream:
+            while chunk := stream.read(1 << 22):
+                found += len(chunk)
+                if found > expected:
+                    break
+    else:
+        found = path.stat().st_size
+    if found != expected:
+        raise FileFormatError(
+            f"{'more than ' if found > expected else ''}{found} bytes",
+            where=path,
+            expected=f"exactly {expected} by its header",
+            fix="the file is truncated or damaged: copy it again",
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,154 @@
+"""An image or label map with its place in the world."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from nibabel.orientations import (
+    aff2axcodes,
+    apply_orientation,
+    axcodes2ornt,
+    inv_ornt_aff,
+    io_orientation,
+    ornt_transform,
+)
+from scipy import ndimage
+
+from anysite.errors import GeometryError
+
+Interpolation = Literal["linear", "cubic", "label"]
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """An array `(C, *S)` with two or three spatial axes, and the affine from voxel index to world.
+
+    Attributes:
+        array: Channels first; a label map has one channel and integers.
+        affine: `(D+1, D+1)`; for three axes it maps to RAS in mm, for two axes to pixels.
+        unit: "mm", or "px" where the file knows no physical size.
+
+    Raises:
+        GeometryError: array and affine do not fit together, or the affine is singular or not finite.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    unit: Literal["mm", "px"] = "mm"
+
+    def __post_init__(self) -> None:
+        dimension = self.array.ndim - 1
+        if dimension not in (2, 3) or 0 in self.array.shape:
+            raise GeometryError(
+                f"an array of shape {self.array.shape}",
+                expected="(channels, *space) with 2 or 3 spatial axes",
+            )
+        if self.affine.shape != (dimension + 1, dimension + 1):
+            raise GeometryError(
+                f"an affine of shape {self.affine.shape} for {dimension} spatial axes",
+                expected=f"{(dimension + 1, dimension + 1)}",
+            )
+        if not np.isfinite(self.affine).all() or abs(np.linalg.det(self.affine[:-1, :-1])) < 1e-12:
+            raise GeometryError("an affine that is singular or not finite", expected="an invertible affine")
+
+    @classmethod
+    def of_pixels(cls, array: np.ndarray) -> Volume:
+        """Wrap a `(C, H, W)` array whose physical size is unknown."""
+        return cls(array, np.eye(array.ndim), "px")
+
+    @property
+    def dimension(self) -> int:
+        """The number of spatial axes, 2 or 3."""
+        return self.array.ndim - 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The spatial shape in voxels."""
+        return self.array.shape[1:]
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """The voxel size along each array axis, in `unit`."""
+        return tuple(float(s) for s in np.linalg.norm(self.affine[:-1, :-1], axis=0))
+
+    @property
+    def axes(self) -> str:
+        """The anatomical direction of each array axis, such as "RAS"; empty for two spatial axes."""
+        return "".join(aff2axcodes(self.affine)) if self.dimension == 3 else ""
+
+    def with_array(self, array: np.ndarray) -> Volume:
+        """Return `array` `(C, *S)` on this volume's grid.
+
+        Raises:
+            GeometryError: the spatial shapes differ.
+        """
+        if array.shape[1:] != self.shape:
+            raise GeometryError(f"an array of spatial shape {array.shape[1:]}", expected=f"{self.shape}")
+        return replace(self, array=array)
+
+    def same_grid(self, other: Volume, tolerance_voxels: float = 0.02) -> bool:
+        """Tell whether both lie on one grid: equal shape, and corners apart by a rounded header's error at most."""
+        if self.shape != other.shape or self.unit != other.unit:
+            return False
+        corners = np.stack([*np.eye(self.dimension + 1) * [*self.shape, 1]], axis=1)
+        corners[-1] = 1
+        return bool(
+            np.allclose(
+                self.affine @ corners,
+                other.affine @ corners,
+                rtol=0,
+                atol=tolerance_voxels * min(self.spacing),
+            )
+        )
+
+    def oriented(self, axes: str = "RAS") -> Volume:
+        """Return the volume with its axes flipped and permuted to the nearest `axes`; no interpolation.
+
+        Images with two spatial axes have no anatomical axes and come back unchanged.
+        """
+        if self.dimension == 2:
+            return self
+        transform = ornt_transform(io_orientation(self.affine), axcodes2ornt(axes))
+        # nibabel orients the leading axes, so the channel axis waits at the end.
+        array = np.moveaxis(apply_orientation(np.moveaxis(self.array, 0, -1), transform), -1, 0)
+        return replace(self, array=array, affine=self.affine @ inv_ornt_aff(transform, self.shape))
+
+    def resampled(self, spacing: Sequence[float], interpolation: Interpolation = "linear") -> Volume:
+        """Return the volume on a grid of about `spacing` over exactly the same extent.
+
+        The number of voxels is rounded, so the new spacing is the extent divided by it. Labels are
+        interpolated class by class and take the largest, so no class is invented.
+        """
+        extent = np.array(self.shape) * self.spacing
+        shape = tuple(int(n) for n in np.maximum(1, np.rint(extent / np.asarray(spacing, float))))
+        return self.resampled_to(shape, interpolation)
+
+    def resampled_to(self, shape: Sequence[int], interpolation: Interpolation = "linear") -> Volume:
+        """Return the volume with `shape` voxels over exactly the same extent."""
+        shape = tuple(shape)
+        if shape == self.shape:
+            return self
+        zoom = np.array(shape) / np.array(self.shape)
+        if interpolation == "label":
+            array = np.zeros((1, *shape), self.array.dtype)
+            best = np.zeros((1, *shape), np.float32)
+            for value in np.unique(self.array):
+                score = _zoomed(self.array[0] == value, zoom, shape, 1)[None]
+                array[score > best] = value
+                np.maximum(best, score, out=best)
+        else:
+            order = 3 if interpolation == "cubic" else 1
+            array = np.stack([_zoomed(channel, zoom, shape, order) for channel in self.array])
+        # Voxel centres: index i of the new grid lies at (i + 1/2) / zoom - 1/2 of the old one.
+        to_old = np.diag([*(1 / zoom), 1.0])
+        to_old[:-1, -1] = (1 / zoom - 1) / 2
+        return replace(self, array=array, affine=self.affine @ to_old)
+
+
+def _zoomed(channel: np.ndarray, zoom: np.ndarray, shape: tuple[int, ...], order: int) -> np.ndarray:
+    result = np.empty(shape, np.float32)
+    ndimage.zoom(channel.astype(np.float32), zoom, output=result, order=order, mode="nearest", grid_mode=True)
+    return result

@@ -1,0 +1,81 @@
+"""Telling what a path holds, without computing anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from anysite import atomic
+from anysite.data import files
+from anysite.data.layouts import open_dataset
+from anysite.errors import FileFormatError
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return what a run folder, prediction folder, dataset or image file holds, JSON-able.
+
+    Raises:
+        FileFormatError: nothing lies there.
+        AnysiteError: what lies there cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileFormatError("no such file or folder", where=path)
+    if (path / "run.json").is_file():
+        return _describe_run(path)
+    if path.is_dir() and any(path.glob("predictions*.json")):
+        return _describe_predictions(path)
+    if path.is_file() and files.suffix_of(path):
+        volume = files.read(path)
+        return {
+            "kind": "image",
+            "shape": list(volume.shape),
+            "channels": volume.array.shape[0],
+            "spacing": [round(s, 4) for s in volume.spacing],
+            "unit": volume.unit,
+            "axes": volume.axes,
+            "values": [float(volume.array.min()), float(volume.array.max())],
+        }
+    dataset = open_dataset(path)
+    return {
+        "kind": "dataset",
+        "name": dataset.name,
+        "classes": list(dataset.classes),
+        "sites": {d: sum(c.domain == d for c in dataset.cases) for d in dataset.domains},
+        "patients": len({case.patient for case in dataset.cases}),
+        "labelled": len(dataset.labelled),
+        **dataset.provenance,
+    }
+
+
+def _describe_run(path: Path) -> dict[str, Any]:
+    manifest = atomic.read_json(path / "run.json")
+    plan, splits = atomic.read_json(path / "plan.json"), atomic.read_json(path / "splits.json")
+    shown = (
+        "anysite",
+        "dataset",
+        "preset",
+        "train_domains",
+        "finished",
+        "steps",
+        "seconds",
+        "threads",
+        "commit",
+    )
+    return {
+        "kind": "run",
+        **{key: manifest[key] for key in shown if key in manifest},
+        "cases": {role: len(ids) for role, ids in splits.items()},
+        "classes": plan["classes"],
+        "patch_size": plan["patch_size"],
+        "spacing": plan["spacing"],
+        "reasons": plan["reasons"],
+    }
+
+
+def _describe_predictions(path: Path) -> dict[str, Any]:
+    entries = {}
+    for part in sorted(path.glob("predictions*.json")):
+        entries |= atomic.read_json(part)["cases"]
+    states = [entry["status"] for entry in entries.values()]
+    return {"kind": "predictions", "cases": {state: states.count(state) for state in dict.fromkeys(states)}}

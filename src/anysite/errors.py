@@ -1,0 +1,63 @@
+"""The exceptions a user may meet: what was found, what was expected, what to do."""
+
+from __future__ import annotations
+
+
+class AnysiteError(Exception):
+    """An error whose one-line text names the place, the finding, the expectation and the remedy.
+
+    Shown by the command line without a traceback; `exit_code` follows the documented codes
+    (1: some cases failed, 2: misuse or bad input).
+    """
+
+    exit_code = 2
+
+    def __init__(self, found: str, *, where: object = "", expected: str = "", fix: str = "") -> None:
+        self.found, self.where, self.expected, self.fix = found, str(where), expected, fix
+        sentences = [found.rstrip(".")]
+        if expected:
+            sentences.append(f"expected {expected.rstrip('.')}")
+        text = "; ".join(sentences) + "."
+        if fix:
+            text += f" {fix[0].upper()}{fix[1:].rstrip('.')}" + ("" if fix.endswith("?") else ".")
+        super().__init__(f"{self.where}: {text}" if self.where else text)
+
+
+class ConfigError(AnysiteError):
+    """A setting that is unknown, of the wrong type or out of range."""
+
+
+class DataError(AnysiteError):
+    """A dataset, case or file that cannot be used as it is."""
+
+
+class FileFormatError(DataError):
+    """A file that is missing, unreadable, truncated or of a kind no reader knows."""
+
+
+class GeometryError(DataError):
+    """Shapes, spacings or orientations that contradict each other."""
+
+
+class LabelError(DataError):
+    """Label values outside the declared classes."""
+
+
+class RunError(AnysiteError):
+    """A run folder with a missing, altered or incompatible part."""
+
+
+class TrainingError(AnysiteError):
+    """Training that had to stop: non-finite loss, no usable cases, no time."""
+
+
+class BatchError(AnysiteError):
+    """A batch of which some cases failed while the rest was completed."""
+
+    exit_code = 1
+
+
+class InterruptedTraining(AnysiteError):  # noqa: N818 (an outcome, not a fault)
+    """Training that a signal stopped after it saved a checkpoint."""
+
+    exit_code = 3

@@ -1,0 +1,202 @@
+"""Scoring predictions against labels: rows for people's own analysis, and a summary by site."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from anysite import atomic
+from anysite.data import files
+from anysite.data.case import Case, Dataset
+from anysite.errors import AnysiteError, DataError, FileFormatError, GeometryError
+from anysite.metrics import Score, score_case
+from anysite.predict import mask_suffix, read_manifests
+
+ROWS, SUMMARY = "rows.jsonl", "summary.json"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Rows of every scored case, and the cases that could not be scored with the reason."""
+
+    rows: list[Row]
+    failed: dict[str, str]
+    unpredicted: tuple[str, ...]
+
+
+def evaluate(
+    predictions: Path,
+    dataset: Dataset,
+    *,
+    tolerance: float = 2.0,
+    context: Row | None = None,
+    on_case: Callable[[str], None] = lambda case: None,
+    threads: int = 2,
+) -> Evaluation:
+    """Score every mask in a folder against the dataset's labels, and write rows and summary beside the masks.
+
+    Masks are compared on the label's own grid, in mm where the spacing is known, in pixels elsewhere. Masks of
+    other programs are found by case id; what their model was trained on is then unknown.
+
+    Args:
+        tolerance: Of the surface Dice, in mm or px.
+        context: Fields to add to every row, such as the method's name.
+
+    Raises:
+        DataError: no labelled case of the dataset has a mask in the folder.
+    """
+    folder = Path(predictions)
+    manifest = read_manifests(folder) if any(folder.glob("predictions*.json")) else {"cases": {}, "runs": []}
+    common = _describe(manifest, dataset) | (context or {})
+    found = [
+        (case, path) for case in dataset.labelled if (path := _find_mask(folder, case, manifest)) is not None
+    ]
+    failed = {
+        name: entry["error"] for name, entry in manifest["cases"].items() if entry["status"] == "failed"
+    }
+    if not found and not failed:
+        raise DataError(
+            "no mask for any labelled case",
+            where=folder,
+            expected=f"masks named after cases of {dataset.name}",
+        )
+
+    def score(pair: tuple[Case, Path]) -> tuple[Case, list[Score] | str]:
+        case, path = pair
+        try:
+            result: list[Score] | str = _score_mask(case, path, dataset, tolerance)
+        except AnysiteError as error:
+            result = str(error)
+        on_case(case.id)
+        return case, result
+
+    with ThreadPoolExecutor(threads) as pool:
+        outcomes = list(pool.map(score, found))
+    rows: list[Row] = []
+    for case, result in outcomes:
+        if isinstance(result, str):
+            failed[case.id] = result
+            continue
+        split = manifest["cases"].get(case.id, {}).get("split", "unknown")
+        place = {"domain": case.domain, "split": split, "patient": case.patient, "case": case.id}
+        rows += [
+            {**common, **place, "class": s.class_name, "metric": s.metric, "value": s.value, "unit": s.unit}
+            for s in result
+        ]
+    write_rows(folder / ROWS, rows)
+    atomic.write_json(folder / SUMMARY, summarise(rows, failed))
+    scored = {case.id for case, _ in found} | failed.keys()
+    return Evaluation(rows, failed, tuple(c.id for c in dataset.labelled if c.id not in scored))
+
+
+def summarise(rows: Sequence[Row], failed: dict[str, str]) -> dict[str, Any]:
+    """Return nnU-Net's `summary.json` keys (foreground_mean, mean, metric_per_case), and ours by site and split.
+
+    Means leave out undefined values; "undefined" says how many there were.
+    """
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    classes = list(dict.fromkeys(row["class"] for row in rows))
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    by_case: dict[str, dict[str, dict[str, float | None]]] = {case: {} for case in cases}
+    for row in rows:
+        by_case[row["case"]].setdefault(row["class"], {})[row["metric"]] = row["value"]
+    groups = {
+        name: {
+            group: {
+                m: _mean([r["value"] for r in rows if r[name] == group and r["metric"] == m]) for m in metrics
+            }
+            for group in dict.fromkeys(row[name] for row in rows)
+        }
+        for name in ("domain", "split")
+    }
+    return {
+        "foreground_mean": {m: _mean([r["value"] for r in rows if r["metric"] == m]) for m in metrics},
+        "mean": {
+            c: {m: _mean([r["value"] for r in rows if (r["class"], r["metric"]) == (c, m)]) for m in metrics}
+            for c in classes
+        },
+        "metric_per_case": [{"case": case, "metrics": by_case[case]} for case in cases],
+        "by_domain": groups["domain"],
+        "by_split": groups["split"],
+        "undefined": {m: sum(r["value"] is None for r in rows if r["metric"] == m) for m in metrics},
+        "failed": failed,
+    }
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as JSON lines, atomically."""
+    atomic.write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read rows from JSON lines; a last line cut off by a crash is left out.
+
+    Raises:
+        FileFormatError: the file is missing or another line is not JSON.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"not readable ({error})", where=path, expected="rows as JSON lines") from None
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise FileFormatError(f"line {number} is not JSON", where=path) from None
+    return rows
+
+
+def _score_mask(case: Case, path: Path, dataset: Dataset, tolerance: float) -> list[Score]:
+    label = dataset.class_indices(case.label(), where=case.label_path)
+    mask = files.read_label(path)
+    if not mask.same_grid(label):
+        raise GeometryError(
+            f"a mask of shape {mask.shape}", where=path, expected=f"the label's grid, shape {label.shape}"
+        )
+    beyond = int(mask.array.max())
+    if beyond >= len(dataset.classes):
+        raise DataError(f"class index {beyond}", where=path, expected=f"0 to {len(dataset.classes) - 1}")
+    names = dataset.region_names or dataset.classes[1:]
+    groups = dataset.regions or [(index,) for index in range(1, len(dataset.classes))]
+    masks_of = [(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
+    return score_case(mask.array[0], label.array[0], masks_of, label.spacing, label.unit, tolerance)
+
+
+def _find_mask(folder: Path, case: Case, manifest: dict[str, Any]) -> Path | None:
+    entry = manifest["cases"].get(case.id)
+    if entry is not None:
+        return folder / entry["mask"] if entry["status"] == "done" else None
+    suffixes = dict.fromkeys((mask_suffix(case), *files.FORMATS))
+    return next((p for suffix in suffixes if (p := folder / f"{case.id}{suffix}").is_file()), None)
+
+
+def _describe(manifest: dict[str, Any], dataset: Dataset) -> Row:
+    known = manifest["runs"]
+    first = known[0] if known else {}
+    return {
+        "dataset": dataset.name,
+        "method": first.get("preset", "unknown"),
+        "adapt": "none",
+        "seed": "+".join(str(run["seed"]) for run in known) if len(known) > 1 else first.get("seed"),
+        "train_domains": "+".join(first.get("train_domains", ())),
+        "corruption": "none",
+        "severity": 0,
+        "labels": "all",
+        "commit": first.get("commit", ""),
+        "config": manifest.get("origin", ""),
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return float(np.mean(defined)) if defined else None

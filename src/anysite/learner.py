@@ -1,0 +1,85 @@
+"""The network with its objectives, as one module that turns a batch into losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from anysite import registry
+from anysite.config import Config
+from anysite.networks import Network
+from anysite.objectives import Objective, Step
+from anysite.plan import Plan
+
+
+class Learner(nn.Module):
+    """Network and objectives together: the only module that may be wrapped for distributed training.
+
+    Wrapping the network alone and calling its parts beside the wrapper would let ranks drift apart, because
+    gradients are exchanged in the wrapper's forward.
+    """
+
+    def __init__(self, network: Network, objectives: Mapping[str, Objective]) -> None:
+        super().__init__()
+        self.network = network
+        self.objectives = nn.ModuleDict(objectives)
+
+    def forward(
+        self,
+        image: Float[Tensor, "b c *s"],
+        label: Int[Tensor, "b *s"],
+        domain: Int[Tensor, " b"],
+        progress: float,
+    ) -> dict[str, Tensor]:
+        """Return every objective's loss by name, and their weighted sum as "total"."""
+        features = self.network.encode(image)
+        step = Step(image, label, domain, progress, self.network, features, self.network.decode(features))
+        losses = {name: objective(step) for name, objective in self.objectives.items()}
+        total = torch.stack([self._weight(name) * loss for name, loss in losses.items()]).sum()
+        return {**losses, "total": total}
+
+    def after_step(self) -> None:
+        """Let every objective follow the network after an optimizer step."""
+        for objective in self.objectives.values():
+            assert isinstance(objective, Objective)
+            objective.after_step(self.network)
+
+    def _weight(self, name: str) -> float:
+        objective = self.objectives[name]
+        assert isinstance(objective, Objective)
+        return objective.weight
+
+
+def build_network(config: Config, plan: Plan) -> Network:
+    """Construct the configured network for a plan.
+
+    Raises:
+        ConfigError: an unknown network or setting, or a patch size the network cannot take.
+    """
+    return registry.build(
+        "network",
+        config.network.name,
+        plan.network_channels,
+        plan.outputs,
+        plan.patch_size,
+        **config.network.arguments,
+    )
+
+
+def build_learner(config: Config, plan: Plan, domains: tuple[str, ...]) -> Learner:
+    """Construct network and objectives, attached to each other.
+
+    Raises:
+        ConfigError: an unknown name or setting.
+    """
+    network = build_network(config, plan)
+    objectives: dict[str, Any] = {}
+    for name, settings in config.objectives.items():
+        objective = registry.build("objective", name, **settings)
+        objective.attach(network, plan, domains)
+        objectives[name.replace(".", "_")] = objective
+    return Learner(network, objectives)

@@ -1,0 +1,52 @@
+"""Dice + cross-entropy: Milletari, Navab, Ahmadi, 2016, https://arxiv.org/abs/1606.04797; as in nnU-Net, 2021."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from monai.losses.dice import DiceCELoss
+from torch import Tensor
+
+from anysite.networks import Network
+from anysite.objectives import Objective, Step
+from anysite.plan import Plan
+
+
+class Supervised(Objective):
+    """The mean of soft Dice over the batch plus cross-entropy: softmax, or sigmoid for overlapping regions."""
+
+    def __init__(
+        self, *, weight: float = 1.0, dice_weight: float = 1.0, cross_entropy_weight: float = 1.0
+    ) -> None:
+        super().__init__(weight=weight)
+        self.dice_weight, self.cross_entropy_weight = dice_weight, cross_entropy_weight
+        self.regions: tuple[tuple[int, ...], ...] = ()
+
+    def attach(self, network: Network, plan: Plan, domains: tuple[str, ...]) -> None:
+        """Take the plan's regions: with them every output map is a region of its own."""
+        self.regions = plan.regions
+        overlapping = bool(plan.regions)
+        self.loss = DiceCELoss(
+            include_background=overlapping,
+            to_onehot_y=not overlapping,
+            softmax=not overlapping,
+            sigmoid=overlapping,
+            batch=True,
+            lambda_dice=self.dice_weight,
+            lambda_ce=self.cross_entropy_weight,
+        )
+
+    def forward(self, step: Step) -> Float[Tensor, ""]:
+        """Return the loss of the step's logits against its label."""
+        return self.compare(step.logits, step.label)
+
+    def compare(self, logits: Float[Tensor, "b k *s"], label: Int[Tensor, "b *s"]) -> Float[Tensor, ""]:
+        """Return the loss of any logits against a label map of class indices."""
+        target = region_maps(label, self.regions) if self.regions else label[:, None]
+        return self.loss(logits.float(), target.float() if self.regions else target)
+
+
+def region_maps(label: Int[Tensor, "b *s"], regions: tuple[tuple[int, ...], ...]) -> Float[Tensor, "b k *s"]:
+    """Return one binary map a region, from a label map of class indices."""
+    maps = [torch.isin(label, torch.tensor(region, device=label.device)) for region in regions]
+    return torch.stack(maps, dim=1).float()

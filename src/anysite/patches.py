@@ -1,0 +1,281 @@
+"""Training patches drawn as a pure function of (seed, step), and sliding windows merged by a Gaussian."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from anysite.augment import augment
+from anysite.config import AugmentSettings, TrainSettings
+from anysite.data.case import Case, Dataset
+from anysite.errors import AnysiteError, DataError
+from anysite.plan import Plan
+
+FOREGROUND_VOXELS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Patches on their way into the network."""
+
+    image: Float[Tensor, "b c *s"]
+    label: Int[Tensor, "b *s"]
+    domain: Int[Tensor, " b"]
+    case_ids: tuple[str, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`."""
+        image, label, domain = (t.to(device) for t in (self.image, self.label, self.domain))
+        return Batch(image, label, domain, self.case_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedCase:
+    """A training case on the plan's grid.
+
+    Attributes:
+        image: `(C, *S)` in half precision, which halves the memory and is finer than any scanner's noise.
+        foreground: For each class present, up to `FOREGROUND_VOXELS` of its voxel indices `(n, D)`.
+    """
+
+    case: Case
+    domain: int
+    image: Tensor
+    label: Tensor
+    foreground: tuple[np.ndarray, ...]
+
+
+class PreparedCases:
+    """Training cases on the plan's grid, in memory, or mapped from temporary files above a limit."""
+
+    def __init__(self, dataset: Dataset, plan: Plan, domains: Sequence[str], memory_gb: float) -> None:
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+        self.cases: list[PreparedCase] = []
+        held = 0
+        for index, case in enumerate(dataset.labelled):
+            prepared = prepare(case, dataset, plan, domains.index(case.domain))
+            size = prepared.image.nbytes + prepared.label.nbytes
+            if held + size > memory_gb * 2**30:
+                prepared = self._move_to_disk(prepared, index)
+            else:
+                held += size
+            self.cases.append(prepared)
+
+    def fingerprint(self) -> str:
+        """Return a digest of what training sees of the cases, to recognise them when resuming."""
+        digest = hashlib.sha256()
+        for case in self.cases:
+            digest.update(case.case.id.encode())
+            digest.update(case.image.numpy().tobytes())
+            digest.update(case.label.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _move_to_disk(self, prepared: PreparedCase, index: int) -> PreparedCase:
+        if self.folder is None:
+            self.folder = tempfile.TemporaryDirectory(prefix="anysite-")
+        path = Path(self.folder.name) / f"{index}.npy"
+        np.save(path, prepared.image.numpy(), allow_pickle=False)
+        mapped = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+        return PreparedCase(prepared.case, prepared.domain, mapped, prepared.label, prepared.foreground)
+
+
+def prepare(case: Case, dataset: Dataset, plan: Plan, domain: int) -> PreparedCase:
+    """Read one labelled case and bring it onto the plan's grid.
+
+    Raises:
+        DataError: the case cannot be read or does not fit the plan; the text names the case.
+    """
+    try:
+        image = plan.to_grid(case.image())
+        label = plan.label_to_grid(dataset.class_indices(case.label(), where=case.label_path))
+    except AnysiteError as error:
+        raise DataError(str(error), where=case.id, fix="run anysite check to list every problem") from error
+    chooser = np.random.default_rng(0)
+    foreground: list[np.ndarray] = []
+    for index in range(1, len(plan.classes)):
+        voxels = np.argwhere(label.numpy() == index)
+        if len(voxels):
+            keep = min(len(voxels), FOREGROUND_VOXELS)
+            foreground.append(voxels[chooser.choice(len(voxels), keep, replace=False)].astype(np.int32))
+    return PreparedCase(case, domain, image.half(), label, tuple(foreground))
+
+
+class PatchSampler:
+    """Draws augmented training batches; `batch(step)` depends on (seed, rank, step) and nothing else.
+
+    That is what makes an interrupted training resume bit by bit: there is no sampler state to save, and a
+    batch prepared ahead in a thread is the same batch.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[PreparedCase],
+        plan: Plan,
+        train: TrainSettings,
+        augmentation: AugmentSettings,
+        seed: int,
+        rank: int = 0,
+    ) -> None:
+        if not cases:
+            raise DataError("no training cases are left", expected="at least one labelled source case")
+        # Neighbouring slices are one image: what happens to one of them happens to all.
+        channelwise = augmentation.channelwise and not plan.context_slices
+        self.cases, self.plan = cases, plan
+        self.augmentation = augmentation.model_copy(update={"channelwise": channelwise})
+        self.batch_size = train.batch_size or (8 if plan.dimension == 2 else 2)
+        self.foreground_fraction, self.sampling = train.foreground_fraction, train.sampling
+        self.seed, self.rank = seed, rank
+        self.by_domain = [
+            [c for c in cases if c.domain == domain] for domain in sorted({c.domain for c in cases})
+        ]
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of one step."""
+        chooser = np.random.default_rng([self.seed, self.rank, step])
+        images, labels, chosen = [], [], []
+        for position in range(self.batch_size):
+            case = self._choose_case(chooser, step, position)
+            image, label = self._cut(case, chooser)
+            images.append(image)
+            labels.append(label)
+            chosen.append(case)
+        generator = torch.Generator().manual_seed(int(chooser.integers(2**62)))
+        image, label = augment(
+            torch.stack(images).float(), torch.stack(labels).long(), self.augmentation, generator
+        )
+        domain = torch.tensor([case.domain for case in chosen])
+        return Batch(image, label, domain, tuple(case.case.id for case in chosen))
+
+    def _choose_case(self, chooser: np.random.Generator, step: int, position: int) -> PreparedCase:
+        if self.sampling == "case":
+            return self.cases[int(chooser.integers(len(self.cases)))]
+        # Sites take turns, so that every batch is as balanced as its size allows.
+        cases = self.by_domain[(step * self.batch_size + position) % len(self.by_domain)]
+        return cases[int(chooser.integers(len(cases)))]
+
+    def _cut(self, case: PreparedCase, chooser: np.random.Generator) -> tuple[Tensor, Tensor]:
+        size = (1, *self.plan.patch_size) if self.plan.slice_wise else self.plan.patch_size
+        shape = case.label.shape
+        if case.foreground and chooser.random() < self.foreground_fraction:
+            voxels = case.foreground[int(chooser.integers(len(case.foreground)))]
+            centre = voxels[chooser.integers(len(voxels))]
+            # The voxel may lie anywhere in the patch's middle half, or the network would learn "centre = organ".
+            start = [
+                int(c - s // 2 + chooser.integers(-(s // 4), s // 4 + 1))
+                for c, s in zip(centre, size, strict=True)
+            ]
+        else:
+            start = [
+                int(chooser.integers(min(0, n - s), max(0, n - s) + 1))
+                for n, s in zip(shape, size, strict=True)
+            ]
+        start = [_clamp(b, n, s) for b, n, s in zip(start, shape, size, strict=True)]
+        image = cut_patch(case.image, start, size, self.plan.context_slices if self.plan.slice_wise else None)
+        label = cut_patch(case.label[None], start, size, 0 if self.plan.slice_wise else None)[0]
+        return image, label
+
+
+def _clamp(start: int, length: int, size: int) -> int:
+    """Keep a patch inside the image; where the patch is larger, keep the image inside the patch."""
+    return int(np.clip(start, min(0, length - size), max(0, length - size)))
+
+
+def cut_patch(
+    image: Tensor, start: Sequence[int], size: Sequence[int], context_slices: int | None = None
+) -> Tensor:
+    """Return the patch of `size` at `start` from `(C, *S)`, with zeros outside the image.
+
+    With `context_slices` not None the first axis of `size` must be 1: it is dropped, and as many neighbouring
+    slices on each side join the channels, slice by slice, the outermost slice repeated beyond the end.
+    """
+    if context_slices is not None:
+        last = image.shape[1] - 1
+        wanted = [
+            min(max(start[0] + offset, 0), last) for offset in range(-context_slices, context_slices + 1)
+        ]
+        image = torch.cat([image[:, z] for z in wanted])
+        start, size = start[1:], size[1:]
+    inside, padding = [slice(None)], []
+    for begin, length, available in zip(start, size, image.shape[1:], strict=True):
+        low, high = max(begin, 0), min(begin + length, available)
+        inside.append(slice(low, high))
+        padding = [low - begin, begin + length - high, *padding]
+    patch = image[tuple(inside)]
+    return F.pad(patch, padding) if any(padding) else patch
+
+
+def place_windows(shape: Sequence[int], size: Sequence[int], overlap: float) -> list[tuple[int, ...]]:
+    """Return the start of every window: evenly spread, overlapping by at least `overlap` of their size."""
+    starts = []
+    for length, window in zip(shape, size, strict=True):
+        if length <= window:
+            starts.append([-((window - length) // 2)])
+            continue
+        stride = max(1, int(window * (1 - overlap)))
+        count = int(np.ceil((length - window) / stride)) + 1
+        starts.append([int(s) for s in np.rint(np.linspace(0, length - window, count))])
+    return list(itertools.product(*starts))
+
+
+def gaussian_weight(size: Sequence[int], sigma_fraction: float = 0.125) -> Tensor:
+    """Return the weight of each voxel of a window: a Gaussian about its centre, never quite zero.
+
+    The same form as in nnU-Net (Isensee et al., 2021, https://doi.org/10.1038/s41592-020-01008-z).
+    """
+    weight = torch.ones(())
+    for length in size:
+        position = torch.arange(length) - (length - 1) / 2
+        axis = torch.exp(-0.5 * (position / (sigma_fraction * length)) ** 2) if length > 1 else torch.ones(1)
+        weight = weight[..., None] * axis
+    return weight.clamp_min(1e-3 * float(weight.max()))
+
+
+def slide(
+    image: Float[Tensor, "c *s"],
+    predict: Callable[[Float[Tensor, "b c2 *p"]], Float[Tensor, "b k *p"]],
+    plan: Plan,
+    overlap: float,
+    batch_size: int,
+) -> Float[Tensor, "k *s"]:
+    """Predict every window of an image on the plan's grid and merge the values by Gaussian weights."""
+    size = (1, *plan.patch_size) if plan.slice_wise else plan.patch_size
+    context = plan.context_slices if plan.slice_wise else None
+    starts = place_windows(image.shape[1:], size, overlap)
+    weight = gaussian_weight(size).to(image.device)
+    merged = image.new_zeros((plan.outputs, *image.shape[1:]))
+    total = image.new_zeros(image.shape[1:])
+    for group in _grouped(starts, batch_size):
+        values = predict(torch.stack([cut_patch(image, start, size, context) for start in group]))
+        if context is not None:
+            values = values[:, :, None]
+        for value, start in zip(values, group, strict=True):
+            to_image, from_window = _overlap(start, size, image.shape[1:])
+            merged[(slice(None), *to_image)] += value[(slice(None), *from_window)] * weight[from_window]
+            total[to_image] += weight[from_window]
+    return merged / total
+
+
+def _overlap(
+    start: Sequence[int], size: Sequence[int], shape: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    to_image, from_window = [], []
+    for begin, window, length in zip(start, size, shape, strict=True):
+        low, high = max(begin, 0), min(begin + window, length)
+        to_image.append(slice(low, high))
+        from_window.append(slice(low - begin, high - begin))
+    return tuple(to_image), tuple(from_window)
+
+
+def _grouped(items: list[tuple[int, ...]], size: int) -> Iterator[list[tuple[int, ...]]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

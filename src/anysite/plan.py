@@ -1,0 +1,351 @@
+"""What the training cases taught: grid, intensities, patch size; the way onto the grid and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from torch.nn import functional as F
+
+from anysite.config import PlanSettings
+from anysite.data.case import Case, Dataset
+from anysite.data.volume import Volume
+from anysite.errors import ConfigError, DataError, GeometryError
+
+ANISOTROPY_LIMIT = 3.0
+CLIP_PERCENTILES = (0.5, 99.5)
+
+
+class Normalisation(BaseModel):
+    """How one channel's intensities are brought to zero mean and unit variance.
+
+    "case" uses the statistics of the image at hand, "dataset" those of the training cases' foreground (for
+    units that mean something, as in CT), "none" leaves the values alone.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["case", "dataset", "none"] = "case"
+    mean: float = 0.0
+    std: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+
+
+class Plan(BaseModel):
+    """The grid a network works on, learned from training cases alone and stored in the run folder.
+
+    Attributes:
+        dimension: Spatial axes of a patch; 2 for a volume means slice by slice.
+        image_dimension: Spatial axes of the image files.
+        axes: Orientation on the grid, the slice axis first; empty for pictures.
+        spacing: Voxel size on the grid, slice axis first, in `unit`.
+        context_slices: Neighbouring slices on each side that a slice brings along as channels.
+        patch_size: Voxels of a patch, as many as `dimension`.
+        reasons: Why each choice was made, for people.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    dimension: Literal[2, 3]
+    image_dimension: Literal[2, 3]
+    axes: str = ""
+    spacing: tuple[float, ...]
+    unit: Literal["mm", "px"]
+    channels: int
+    normalisation: tuple[Normalisation, ...]
+    context_slices: int = 0
+    patch_size: tuple[int, ...]
+    classes: tuple[str, ...]
+    label_values: tuple[int, ...]
+    regions: tuple[tuple[int, ...], ...] = ()
+    region_names: tuple[str, ...] = ()
+    region_classes: tuple[int, ...] = ()
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def slice_wise(self) -> bool:
+        """Whether volumes are segmented slice by slice."""
+        return self.image_dimension == 3 and self.dimension == 2
+
+    @property
+    def network_channels(self) -> int:
+        """Input channels of the network, neighbouring slices included."""
+        return self.channels * (2 * self.context_slices + 1)
+
+    @property
+    def outputs(self) -> int:
+        """Maps the network puts out: one a class (softmax), or one a region (sigmoid)."""
+        return len(self.regions) or len(self.classes)
+
+    def on_grid(self, image: Volume) -> Volume:
+        """Return the image oriented and resampled to the plan's grid, intensities untouched.
+
+        Raises:
+            GeometryError: other channels or spatial axes than the training cases had.
+        """
+        if (image.dimension, image.array.shape[0]) != (self.image_dimension, self.channels):
+            raise GeometryError(
+                f"an image with {image.dimension} spatial axes and {image.array.shape[0]} channels",
+                expected=f"{self.image_dimension} spatial axes and {self.channels} channels as in training",
+            )
+        return image.oriented(self.axes).resampled(self.spacing, "cubic")
+
+    def to_grid(self, image: Volume) -> Float[Tensor, "c *s"]:
+        """Return the image on the plan's grid, normalised, slice axis first."""
+        array = self.on_grid(image).array.astype(np.float32)
+        channels = [_normalise(a, n) for a, n in zip(array, self.normalisation, strict=True)]
+        return torch.from_numpy(np.stack(channels))
+
+    def label_to_grid(self, label: Volume) -> Integer[Tensor, "*s"]:
+        """Return a label map of class indices on the plan's grid; for training only."""
+        array = label.oriented(self.axes).resampled(self.spacing, "label").array[0]
+        return torch.from_numpy(
+            np.ascontiguousarray(array.astype(np.uint8 if len(self.classes) < 256 else np.int16))
+        )
+
+    def from_grid(self, probabilities: Float[Tensor, "k *s"], native: Volume) -> Volume:
+        """Return probabilities on the grid of the image they belong to, the exact inverse of the way in.
+
+        Values are interpolated linearly where the spacings differ and are untouched where they agree.
+        """
+        oriented = native.oriented(self.axes)
+        if tuple(probabilities.shape[1:]) != oriented.shape:
+            mode = "bilinear" if probabilities.ndim == 3 else "trilinear"
+            probabilities = F.interpolate(
+                probabilities[None].float(), size=oriented.shape, mode=mode, align_corners=False
+            )[0]
+        placed = oriented.with_array(probabilities.float().cpu().numpy())
+        restored = placed.oriented(native.axes)
+        # The affine went through float arithmetic twice; the native one is the truth.
+        return native.with_array(np.ascontiguousarray(restored.array))
+
+    def as_probabilities(self, logits: Float[Tensor, "*b"], channel: int = 1) -> Float[Tensor, "*b"]:
+        """Return softmax over classes, or sigmoid for overlapping regions, along the `channel` axis."""
+        return torch.sigmoid(logits) if self.regions else torch.softmax(logits, dim=channel)
+
+    def decide(self, probabilities: Volume) -> Volume:
+        """Return the label map of class indices `(1, *S)`: the largest class, or regions painted in order."""
+        if not self.regions:
+            return probabilities.with_array(probabilities.array.argmax(axis=0)[None].astype(np.int32))
+        label = np.zeros((1, *probabilities.shape), np.int32)
+        for probability, index in zip(probabilities.array, self.region_classes, strict=True):
+            label[0][probability > 0.5] = index
+        return probabilities.with_array(label)
+
+
+@dataclass(frozen=True)
+class _Fingerprint:
+    """What one training case tells."""
+
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    unit: Literal["mm", "px"]
+    channels: int
+    minimum: tuple[float, ...]
+    foreground: np.ndarray
+
+
+def learn_plan(dataset: Dataset, settings: PlanSettings, threads: int = 2) -> Plan:
+    """Choose grid, normalisation, dimension and patch size from the labelled cases of `dataset`.
+
+    Pass the training cases and nothing else: whatever is in `dataset` shapes the plan.
+
+    Raises:
+        DataError: no labelled cases, or cases that differ in channels or spatial axes.
+        ConfigError: a setting that does not fit the data.
+    """
+    if not dataset.labelled:
+        raise DataError("no labelled training cases", where=dataset.name)
+    with ThreadPoolExecutor(threads) as pool:
+        prints = list(pool.map(lambda case: _fingerprint(case, dataset), dataset.labelled))
+    for case, found in zip(dataset.labelled, prints, strict=True):
+        if (len(found.shape), found.channels) != (len(prints[0].shape), prints[0].channels):
+            raise DataError(
+                f"{len(found.shape)} spatial axes and {found.channels} channels",
+                where=case.id,
+                expected=f"{len(prints[0].shape)} and {prints[0].channels} as in {dataset.labelled[0].id}",
+            )
+    image_dimension = len(prints[0].shape)
+    spacing = np.median([p.spacing for p in prints], axis=0)
+    extents = np.array([np.multiply(p.shape, p.spacing) for p in prints])
+    reasons: list[str] = []
+    axes, order = "", list(range(image_dimension))
+    anisotropic = False
+    if image_dimension == 3:
+        anisotropic, slice_axis, why = _find_slice_axis(spacing, np.median([p.shape for p in prints], axis=0))
+        reasons.append(why)
+        order = [slice_axis, *(a for a in range(3) if a != slice_axis)]
+        axes = "".join("RAS"[a] for a in order)
+    spacing, extents = spacing[order], extents[:, order]
+    if settings.spacing is not None:
+        if len(settings.spacing) != image_dimension:
+            raise ConfigError(
+                f"{settings.spacing}",
+                where="plan.spacing",
+                expected=f"{image_dimension} numbers, slice axis first",
+            )
+        spacing = np.array(settings.spacing)
+        reasons.append(f"spacing {_listed(spacing)} as set")
+    else:
+        reasons.append(
+            f"spacing {_listed(spacing)} {prints[0].unit}: the median of {len(prints)} training cases"
+        )
+    dimension, context = _choose_dimension(settings, image_dimension, anisotropic, reasons)
+    shape = np.median(extents / spacing, axis=0)[image_dimension - dimension :]
+    limit = settings.max_patch_voxels or (2**16 if dimension == 2 else 2**18)
+    if settings.patch_size is not None:
+        patch_size = settings.patch_size
+        if len(patch_size) != dimension:
+            raise ConfigError(f"{patch_size}", where="plan.patch_size", expected=f"{dimension} numbers")
+        reasons.append(f"patch size {_listed(patch_size)} as set")
+    else:
+        patch_size = choose_patch_size(shape, limit)
+        reasons.append(
+            f"patch size {_listed(patch_size)}: median shape {_listed(shape)} on the grid, at most {limit} voxels"
+        )
+    normalisation = _choose_normalisation(settings, prints, reasons)
+    return Plan(
+        dimension=2 if dimension == 2 else 3,
+        image_dimension=2 if image_dimension == 2 else 3,
+        axes=axes,
+        spacing=tuple(float(s) for s in spacing),
+        unit=prints[0].unit,
+        channels=prints[0].channels,
+        normalisation=normalisation,
+        context_slices=context,
+        patch_size=tuple(patch_size),
+        classes=dataset.classes,
+        label_values=dataset.label_values,
+        regions=dataset.regions,
+        region_names=dataset.region_names,
+        region_classes=dataset.region_classes,
+        reasons=tuple(reasons),
+    )
+
+
+def choose_patch_size(shape: Sequence[float] | np.ndarray, max_voxels: int) -> tuple[int, ...]:
+    """Return the largest patch of at most `max_voxels` that keeps the proportions of `shape`.
+
+    Sizes are multiples of a power of two that lets a U-Net halve them; an axis is rounded up, so that the
+    patch covers the image where the limit allows.
+    """
+    size = [float(n) for n in shape]
+    rounded = [_round_up(n) for n in size]
+    while np.prod(rounded) > max_voxels:
+        largest = int(np.argmax(size))
+        size[largest] *= 0.97
+        rounded = [_round_up(n) for n in size]
+    return tuple(rounded)
+
+
+def _round_up(size: float) -> int:
+    multiple = 32 if size >= 96 else 16 if size >= 32 else 8 if size >= 12 else 4
+    return int(np.ceil(size / multiple)) * multiple
+
+
+def _fingerprint(case: Case, dataset: Dataset) -> _Fingerprint:
+    image = case.image().oriented("RAS")
+    label = dataset.class_indices(case.label(), where=case.label_path).oriented("RAS")
+    if not image.same_grid(label):
+        raise GeometryError(
+            f"a label of shape {label.shape} and spacing {_listed(label.spacing)}",
+            where=case.id,
+            expected=f"the image's shape {image.shape} and spacing {_listed(image.spacing)}, at the same place",
+            fix="run anysite check to list every such case",
+        )
+    foreground = image.array[:, label.array[0] > 0].astype(np.float32)
+    if foreground.shape[1] > 2000:  # enough for percentiles, and the same voxels every time
+        foreground = foreground[:, np.random.default_rng(0).choice(foreground.shape[1], 2000, replace=False)]
+    minimum = tuple(float(c.min()) for c in image.array)
+    return _Fingerprint(image.shape, image.spacing, image.unit, image.array.shape[0], minimum, foreground)
+
+
+def _find_slice_axis(spacing: np.ndarray, shape: np.ndarray) -> tuple[bool, int, str]:
+    """Return (whether the grid is anisotropic, the slice axis, why)."""
+    if spacing.max() / spacing.min() >= ANISOTROPY_LIMIT:
+        axis = int(spacing.argmax())
+        return (
+            True,
+            axis,
+            f"slices along {'RAS'[axis]}: its spacing is {spacing.max() / spacing.min():.1f} x the finest",
+        )
+    if shape.min() * 4 <= np.median(shape):
+        axis = int(shape.argmin())
+        return (
+            True,
+            axis,
+            f"slices along {'RAS'[axis]}: {shape.min():.0f} of them against {np.median(shape):.0f} voxels",
+        )
+    return False, int(shape.argmin()), "no slice axis stands out: the grid is nearly isotropic"
+
+
+def _choose_dimension(
+    settings: PlanSettings, image_dimension: int, anisotropic: bool, reasons: list[str]
+) -> tuple[int, int]:
+    if image_dimension == 2:
+        if settings.dimension not in ("auto", "2d"):
+            raise ConfigError(
+                f"{settings.dimension!r} for images with two axes",
+                where="plan.dimension",
+                expected="'auto' or '2d'",
+            )
+        return 2, 0
+    if settings.dimension == "auto":
+        chosen = "2.5d" if anisotropic and settings.context_slices else "2d" if anisotropic else "3d"
+        reasons.append(f"{chosen}: {'thick slices' if anisotropic else 'nearly isotropic volumes'}")
+    else:
+        chosen = settings.dimension
+        reasons.append(f"{chosen} as set")
+    return (3, 0) if chosen == "3d" else (2, settings.context_slices if chosen == "2.5d" else 0)
+
+
+def _choose_normalisation(
+    settings: PlanSettings, prints: list[_Fingerprint], reasons: list[str]
+) -> tuple[Normalisation, ...]:
+    foreground = np.concatenate([p.foreground for p in prints], axis=1)
+    if foreground.shape[1] == 0:
+        raise DataError("no training case has any foreground", fix="check the labels with anysite check")
+    result: list[Normalisation] = []
+    for channel in range(prints[0].channels):
+        kind = settings.normalisation
+        # Hounsfield units are the one common intensity scale with meaning; air lies near -1000.
+        hounsfield = float(np.median([p.minimum[channel] for p in prints])) <= -500
+        if kind == "auto":
+            kind = "dataset" if hounsfield else "case"
+            why = (
+                "values below -500 look like Hounsfield units" if hounsfield else "no common intensity scale"
+            )
+            reasons.append(f"channel {channel} normalised by {kind}: {why}")
+        values = foreground[channel]
+        low, high = (float(v) for v in np.percentile(values, CLIP_PERCENTILES))
+        clipped = np.clip(values, low, high)
+        result.append(
+            Normalisation(
+                kind=kind, mean=float(clipped.mean()), std=float(max(clipped.std(), 1e-6)), low=low, high=high
+            )
+        )
+    return tuple(result)
+
+
+def _normalise(channel: np.ndarray, normalisation: Normalisation) -> np.ndarray:
+    if normalisation.kind == "none":
+        return channel
+    if normalisation.kind == "dataset":
+        return (
+            np.clip(channel, normalisation.low, normalisation.high) - normalisation.mean
+        ) / normalisation.std
+    low, high = np.percentile(channel, CLIP_PERCENTILES)
+    clipped = np.clip(channel, low, high)
+    # The mean over voxels in float64: float32 sums lose digits on large volumes.
+    mean, std = clipped.mean(dtype=np.float64), clipped.std(dtype=np.float64)
+    return ((clipped - mean) / max(std, 1e-6)).astype(np.float32)
+
+
+def _listed(numbers: Sequence[float] | np.ndarray) -> str:
+    return " x ".join(f"{n:g}" for n in np.round(np.asarray(numbers, float), 3))

@@ -1,0 +1,1 @@
+"""Complete configurations by name, one TOML file each."""

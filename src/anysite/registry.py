@@ -1,0 +1,121 @@
+"""Every method by name: one line each, imported only when used."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anysite.errors import ConfigError
+
+NETWORKS = {
+    "unet": "anysite.networks.unet:UNet",
+    "ram_dsir_unet": "anysite.networks.ram_dsir_unet:RamDsirUNet",
+    "dynunet": "anysite.networks.dynunet:DynUNet",
+    "segresnet": "anysite.networks.segresnet:SegResNet",
+    "mednext": "anysite.networks.mednext:MedNeXt",
+    "unetr": "anysite.networks.unetr:UNETR",
+    "swin_unetr": "anysite.networks.swin_unetr:SwinUNETR",
+}
+
+OBJECTIVES = {
+    "supervised": "anysite.objectives.supervised:Supervised",
+}
+
+TABLES = {"network": NETWORKS, "objective": OBJECTIVES}
+
+_plugins: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is known of a registered method without importing it."""
+
+    kind: str
+    name: str
+    headline: str
+    settings: dict[str, str]
+
+
+def trust(target: str) -> None:
+    """Allow the out-of-tree class `module:Class` to be named in configurations of this process.
+
+    A run folder may name any class; only those the user has trusted are ever imported.
+    """
+    if target.count(":") != 1:
+        raise ConfigError(f"plug-in {target!r}", expected="module:Class")
+    _plugins.add(target)
+
+
+def find(kind: str, name: str) -> type:
+    """Import and return the class registered as `name`, or the trusted plug-in `module:Class`.
+
+    Raises:
+        ConfigError: an unknown name, or a plug-in that the user has not trusted or that does not import.
+    """
+    table = TABLES[kind]
+    if name not in table and name not in _plugins:
+        if ":" in name:
+            raise ConfigError(
+                f"{kind} {name!r} lies outside anysite", fix=f"pass --plugin {name} if you trust its code"
+            )
+        raise ConfigError(f"unknown {kind} {name!r}", expected=_suggest(name, table))
+    module, _, attribute = table.get(name, name).partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{kind} {name!r} cannot be imported ({error})") from error
+
+
+def build(kind: str, name: str, *arguments: Any, **settings: Any) -> Any:
+    """Construct the method `name`; `settings` are the keyword arguments of its constructor.
+
+    Raises:
+        ConfigError: an unknown name or setting.
+    """
+    method = find(kind, name)
+    known = [
+        p.name
+        for p in inspect.signature(method).parameters.values()
+        if p.default is not inspect.Parameter.empty
+    ]
+    for setting in settings:
+        if setting not in known:
+            raise ConfigError(
+                f"{kind} {name!r} has no setting {setting!r}",
+                expected=_suggest(setting, dict.fromkeys(known)),
+            )
+    return method(*arguments, **settings)
+
+
+def describe(kind: str, name: str) -> Method:
+    """Read a method's first line and settings from its source, without importing it."""
+    module, _, class_name = TABLES[kind][name].partition(":")
+    # find_spec would import the parent packages; the source lies beside this file.
+    source = (
+        Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text(encoding="utf-8")
+    )
+    tree = ast.parse(source)
+    headline = (ast.get_docstring(tree) or "").splitlines()[0]
+    settings: dict[str, str] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            for function in node.body:
+                if isinstance(function, ast.FunctionDef) and function.name == "__init__":
+                    settings = _keyword_defaults(function.args)
+    return Method(kind, name, headline, settings)
+
+
+def _keyword_defaults(arguments: ast.arguments) -> dict[str, str]:
+    pairs = list(zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True))
+    return {argument.arg: ast.unparse(default) for argument, default in pairs if default is not None}
+
+
+def _suggest(name: str, known: dict[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    listing = f"one of {', '.join(known)}" if known else "no settings at all"
+    return f"{listing} (did you mean {close[0]!r}?)" if close else listing

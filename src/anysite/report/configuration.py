@@ -1,0 +1,89 @@
+"""What a result was made with: configuration, plan, versions, commits and seeds, as plain entries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from anysite.report.format import without_folders
+from anysite.report.read import Row
+
+Entries = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One trained network behind a prediction; `plan` holds name, value and reason."""
+
+    name: str
+    facts: Entries
+    plan: tuple[tuple[str, str, str], ...]
+    config: Entries
+    versions: Entries
+
+
+def describe_run(run: dict[str, Any]) -> RunFacts:
+    """Turn one entry of `predictions.json`'s runs into texts without absolute paths."""
+    parts = ("config", "plan", "versions")
+    return RunFacts(
+        name=_text(run.get("method") or run.get("preset") or "run"),
+        facts=flatten({key: value for key, value in run.items() if key not in parts}),
+        plan=_plan(run.get("plan")),
+        config=flatten(run.get("config") or {}),
+        versions=flatten(run.get("versions") or {}),
+    )
+
+
+def describe_rows(rows: Sequence[Row]) -> Entries:
+    """List the commits, configuration hashes and seeds that occur in rows."""
+    return tuple(
+        (name, ", ".join(values))
+        for name, values in (
+            ("Commit", _distinct(row.commit for row in rows)),
+            ("Configuration hash", _distinct(row.config for row in rows)),
+            ("Seeds", _distinct(row.seed for row in rows)),
+        )
+        if values
+    )
+
+
+def flatten(content: Any, prefix: str = "") -> Entries:
+    """Write nested settings as `section.name` and value."""
+    if isinstance(content, dict) and content:
+        inner = (flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in content.items())
+        return tuple(entry for entries in inner for entry in entries)
+    return ((prefix, _text(content)),) if prefix else ()
+
+
+def _plan(plan: Any) -> tuple[tuple[str, str, str], ...]:
+    """Accept a plan with `reasons` beside its values, or with value and reason in each entry."""
+    if not isinstance(plan, dict):
+        return ()
+    reasons = plan.get("reasons")
+    entries = []
+    for name, value in plan.items():
+        if name == "reasons":
+            continue
+        reason = reasons.get(name, "") if isinstance(reasons, dict) else ""
+        if isinstance(value, dict) and "value" in value:
+            reason, value = value.get("reason", reason), value["value"]
+        entries.append((str(name), _text(value), _text(reason)))
+    if isinstance(reasons, list):
+        entries.extend(("", "", _text(reason)) for reason in reasons)
+    return tuple(entries)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return without_folders(value)
+    if isinstance(value, (list, tuple)) and all(not isinstance(item, (dict, list)) for item in value):
+        return ", ".join(_text(item) for item in value)
+    if value is None:
+        return "none"
+    return without_folders(json.dumps(value, ensure_ascii=False))
+
+
+def _distinct(values: Iterable[str]) -> list[str]:
+    return sorted({value for value in values if value})

@@ -1,0 +1,194 @@
+"""One method at every site: its numbers, pictures, worst cases and what it was made with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from anysite.report.charts import Strip, strip_plot
+from anysite.report.configuration import Entries, RunFacts, describe_rows, describe_run
+from anysite.report.format import SPLIT_NAMES, image_folders, join, without_folders
+from anysite.report.methods import split_by_method
+from anysite.report.pictures import Picture, draw_case
+from anysite.report.read import PredictedCase, Predictions, Row, Source
+from anysite.report.summary import (
+    CaseScore,
+    Site,
+    estimate,
+    is_clean,
+    median_case,
+    of_split,
+    rank_of,
+    score_cases,
+    summarise_sites,
+    worst_first,
+)
+from anysite.statistics import Estimate
+
+WORST = 8
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A case with its picture; `site` is the mean at its site, `score` None where it has no truth."""
+
+    case: str
+    domain: str
+    split: str
+    picture: Picture
+    score: CaseScore | None = None
+    site: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class CaseLine:
+    """A line of the table of all cases."""
+
+    case: str
+    domain: str
+    split: str
+    status: str
+    score: CaseScore | None
+    hd95: float | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that the page shows of one method."""
+
+    name: str
+    train_domains: tuple[str, ...]
+    tested: dict[str, tuple[str, ...]]
+    classes: tuple[str, ...]
+    in_domain: Estimate | None
+    unseen: Estimate | None
+    cases: dict[str, int]
+    seeds: tuple[str, ...]
+    failures: tuple[tuple[str, str], ...]
+    sites: tuple[Site, ...]
+    totals: tuple[tuple[str, Estimate | None, dict[str, Estimate | None]], ...]
+    pictures: tuple[Shown, ...]
+    worst: tuple[Shown, ...]
+    strips: Markup
+    lines: tuple[CaseLine, ...]
+    hd95_unit: str
+    undefined: int
+    facts: Entries
+    runs: tuple[RunFacts, ...]
+    created: str
+
+    @property
+    def gap(self) -> float | None:
+        """In-domain minus unseen Dice, as a fraction."""
+        if self.unseen is None or self.in_domain is None:
+            return None
+        return self.in_domain.mean - self.unseen.mean
+
+
+def evaluate(source: Source) -> Evaluation:
+    """Gather everything about one prediction folder, or about rows of one method without pictures."""
+    rows = [row for row in source.rows if is_clean(row)]
+    predictions = source.predictions or Predictions()
+    scores = score_cases(rows)
+    declared = tuple(predictions.dataset.classes[1:])
+    classes = declared + tuple(
+        dict.fromkeys(r.class_name for r in rows if r.metric == "dice" and r.class_name not in declared)
+    )
+    sites = summarise_sites(rows, classes)
+    runs = predictions.runs
+    trained = {domain for row in rows for domain in row.train_domains}
+    trained.update(str(domain) for run in runs for domain in run.get("train_domains") or ())
+    lines = _lines(rows, predictions, scores)
+    return Evaluation(
+        name=join(split_by_method(rows)) or join({describe_run(run).name: None for run in runs}),
+        train_domains=tuple(sorted(trained)),
+        tested={
+            split: tuple(sorted({line.domain for line in lines if line.split == split}))
+            for split in SPLIT_NAMES
+            if any(line.split == split for line in lines)
+        },
+        classes=classes,
+        in_domain=estimate(of_split(scores, "in_domain")),
+        unseen=estimate(of_split(scores, "unseen")),
+        cases={split: sum(s.value is not None for s in of_split(scores, split)) for split in SPLIT_NAMES},
+        seeds=tuple(sorted({row.seed for row in rows})),
+        failures=tuple(
+            (case_id, without_folders(case.error or "no reason given", image_folders(case.images)))
+            for case_id, case in predictions.cases.items()
+            if case.status == "failed"
+        ),
+        sites=tuple(sites),
+        totals=tuple(
+            (split, mean, {name: estimate(of_split(scores, split), name) for name in classes})
+            for split in ("in_domain", "unseen")
+            if sum(site.split == split for site in sites) > 1
+            and (mean := estimate(of_split(scores, split))) is not None
+        ),
+        pictures=tuple(_site_pictures(source, sites)) if source.predictions else (),
+        worst=tuple(_worst(source, scores)) if source.predictions else (),
+        strips=strip_plot([_strip(site) for site in sites], "Dice of every case, by site"),
+        lines=tuple(lines),
+        hd95_unit=next((row.unit for row in rows if row.metric == "hd95" and row.unit), ""),
+        undefined=sum(score.undefined for score in scores),
+        facts=describe_rows(rows),
+        runs=tuple(describe_run(run) for run in runs),
+        created=predictions.created,
+    )
+
+
+def _site_pictures(source: Source, sites: Sequence[Site]) -> Iterable[Shown]:
+    """Show the median case of each site, or its first where nothing is scored."""
+    assert source.predictions is not None
+    cases = source.predictions.cases
+    chosen: dict[str, Shown] = {}
+    for site in sites:
+        score = median_case(s for s in site.scores if s.case in cases and cases[s.case].mask)
+        if score is not None and site.domain not in chosen:
+            picture = _draw(source, score.case, cases[score.case])
+            chosen[site.domain] = Shown(score.case, site.domain, site.split, picture, score, site.dice)
+    for case_id, case in cases.items():
+        if case.mask and case.domain not in chosen:
+            chosen[case.domain] = Shown(case_id, case.domain, case.split, _draw(source, case_id, case))
+    return sorted(chosen.values(), key=lambda shown: rank_of(shown.split))
+
+
+def _worst(source: Source, scores: Sequence[CaseScore]) -> Iterable[Shown]:
+    assert source.predictions is not None
+    cases = source.predictions.cases
+    candidates = [score for score in worst_first(scores) if score.split != "training" and score.case in cases]
+    for score in candidates[:WORST]:
+        picture = _draw(source, score.case, cases[score.case])
+        yield Shown(score.case, score.domain, score.split, picture, score)
+
+
+def _draw(source: Source, case_id: str, case: PredictedCase) -> Picture:
+    assert source.predictions is not None
+    return draw_case(source.path, case_id, case, source.predictions.dataset)
+
+
+def _strip(site: Site) -> Strip:
+    values = tuple((score.case, score.value) for score in site.scores if score.value is not None)
+    role = SPLIT_NAMES.get(site.split, site.split)
+    mean = site.dice.mean if site.dice else None
+    return Strip(site.domain or "unnamed site", role, site.split, mean, values)
+
+
+def _lines(rows: Sequence[Row], predictions: Predictions, scores: Sequence[CaseScore]) -> list[CaseLine]:
+    distances = {(s.case, s.domain, s.split): s.value for s in score_cases(rows, "hd95")}
+    lines = []
+    for score in [*worst_first(scores), *(score for score in scores if score.value is None)]:
+        case = predictions.cases.get(score.case, PredictedCase())
+        distance = distances.get((score.case, score.domain, score.split))
+        lines.append(
+            CaseLine(score.case, score.domain, score.split, case.status, score, distance, case.seconds)
+        )
+    scored = {score.case for score in scores}
+    lines += [
+        CaseLine(case_id, case.domain, case.split, case.status, None, None, case.seconds)
+        for case_id, case in predictions.cases.items()
+        if case_id not in scored
+    ]
+    return sorted(lines, key=lambda line: line.status != "failed")

@@ -1,0 +1,151 @@
+"""Putting a report together and writing it as one self-contained HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+import anysite
+from anysite import atomic
+from anysite.errors import DataError
+from anysite.report import format as texts
+from anysite.report.charts import Strip, difference_plot, strip_plot
+from anysite.report.evaluation import Evaluation, evaluate
+from anysite.report.methods import MethodSummary, split_by_method, summarise_methods
+from anysite.report.pictures import OKABE_ITO
+from anysite.report.read import Row, Source, read_sources
+from anysite.report.summary import is_clean, of_split, score_cases
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Comparing:
+    """The section on several methods; `lowest` and `highest` are the extreme means of all matrices."""
+
+    methods: tuple[MethodSummary, ...]
+    sites: tuple[str, ...]
+    strips: Markup
+    differences: tuple[tuple[MethodSummary, Markup], ...]
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """Everything about one dataset; `corrupted` counts rows of corrupted images, which are left out."""
+
+    dataset: str
+    comparing: Comparing | None
+    evaluations: tuple[Evaluation, ...]
+    corrupted: int
+
+
+def write_report(paths: Sequence[Path], output: Path, title: str = "") -> Path:
+    """Write a page on prediction folders and files of result rows, and return its path.
+
+    The page needs no network and no other file. It names cases and sites, but no folders. Means are over
+    patients with 95 % intervals (`anysite.statistics.estimate_mean`), in points (x 100).
+
+    Args:
+        paths: Prediction folders, `.jsonl` files of rows, or folders that hold such.
+        output: The `.html` file, replaced atomically.
+        title: The page's heading; by default the names of the datasets.
+
+    Raises:
+        FileFormatError: a source that is missing or is not what its name says.
+        DataError: sources without any case.
+    """
+    sources = read_sources(paths)
+    chapters = [_chapter(name, group) for name, group in _by_dataset(sources).items()]
+    if not chapters:
+        raise DataError("no rows and no predicted cases", where=", ".join(str(path) for path in paths))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update({name: getattr(texts, name) for name in FILTERS})
+    page = environment.get_template("page.html").render(
+        title=title or texts.join(chapter.dataset for chapter in chapters),
+        chapters=chapters,
+        version=anysite.__version__,
+        split_names=texts.SPLIT_NAMES,
+        colours=len(OKABE_ITO),
+    )
+    atomic.write_text(Path(output), page)
+    return Path(output)
+
+
+FILTERS = (
+    "points",
+    "number",
+    "interval",
+    "count",
+    "probability",
+    "duration",
+    "join",
+    "metric_name",
+    "metric_unit",
+    "metric_value",
+)
+
+
+def _by_dataset(sources: Sequence[Source]) -> dict[str, list[Source]]:
+    datasets: dict[str, list[Source]] = {}
+    for source in sources:
+        if source.predictions is not None:
+            name = source.predictions.dataset.name or "unnamed dataset"
+            if source.predictions.cases or source.rows:
+                datasets.setdefault(name, []).append(source)
+            continue
+        groups: dict[str, list[Row]] = {}
+        for row in source.rows:
+            groups.setdefault(row.dataset or "unnamed dataset", []).append(row)
+        for name, rows in groups.items():
+            datasets.setdefault(name, []).append(Source(source.path, tuple(rows)))
+    return datasets
+
+
+def _chapter(dataset: str, sources: Sequence[Source]) -> Chapter:
+    rows = list({row.key: row for source in sources for row in source.rows}.values())
+    clean = [row for row in rows if is_clean(row)]
+    methods = split_by_method(clean)
+    folders = [source for source in sources if source.predictions is not None]
+    if not folders and len(methods) == 1:
+        folders = [Source(sources[0].path, tuple(clean))]
+    return Chapter(
+        dataset=dataset,
+        comparing=_compare(methods) if len(methods) > 1 else None,
+        evaluations=tuple(evaluate(source) for source in folders),
+        corrupted=len(rows) - len(clean),
+    )
+
+
+def _compare(methods: dict[str, list[Row]]) -> Comparing:
+    baseline = next((name for name in methods if name.lower() == "baseline"), next(iter(methods)))
+    summaries = summarise_methods(methods, baseline)
+    sites = sorted({domain for method in summaries for domain in method.sites})
+    strips = []
+    for site in sites:
+        for method in summaries:
+            scores = [s for s in of_split(score_cases(methods[method.name]), "unseen") if s.domain == site]
+            values = tuple((score.case, score.value) for score in scores if score.value is not None)
+            mean = method.sites[site].mean if site in method.sites else None
+            strips.append(Strip(site, method.name, "unseen", mean, values))
+    limit = max((abs(v) for method in summaries for _, v in method.differences), default=0) or 0.01
+    means = [cell.estimate.mean for method in summaries for cell in method.matrix.cells.values()]
+    return Comparing(
+        methods=tuple(summaries),
+        sites=tuple(sites),
+        strips=strip_plot(strips, "Dice of every unseen case, by site and method"),
+        differences=tuple(
+            (method, difference_plot(method.differences, limit, f"{method.name} minus {baseline}"))
+            for method in summaries
+            if method.differences
+        ),
+        lowest=min(means, default=0.0),
+        highest=max(means, default=1.0),
+    )

@@ -1,0 +1,187 @@
+"""Reading what a report shows: prediction folders and files of result rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from anysite import atomic
+from anysite.errors import DataError, FileFormatError
+
+
+class Row(BaseModel):
+    """One measured value: a metric of one class of one case, or of one run where `case` is empty.
+
+    `value` is None where the metric is undefined.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True)
+
+    dataset: str = ""
+    method: str = ""
+    adapt: str = ""
+    seed: str = ""
+    train_domains: tuple[str, ...] = ()
+    domain: str = ""
+    split: str = "unknown"
+    patient: str = ""
+    case: str = ""
+    class_name: str = Field("", alias="class")
+    metric: str
+    value: float | None
+    unit: str = ""
+    corruption: str = ""
+    severity: str = ""
+    labels: str = ""
+    commit: str = ""
+    config: str = ""
+
+    @field_validator("train_domains", mode="before")
+    @classmethod
+    def _split_at_commas(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [name.strip() for name in value.split(",") if name.strip()]
+        return tuple(sorted(value)) if isinstance(value, list) else value or ()
+
+    @field_validator("value")
+    @classmethod
+    def _finite(cls, value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _null_is_empty(cls, value: Any, info: Any) -> Any:
+        return "" if value is None and info.field_name not in ("value", "train_domains") else value
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes two rows measurements of the same thing, of which the later one counts."""
+        return tuple(v for k, v in self if k not in ("value", "unit", "commit", "config"))
+
+
+class PredictedCase(BaseModel):
+    """What `predictions.json` says of one case."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    status: str = "done"
+    mask: str | None = None
+    images: list[str] = []
+    label: str | None = None
+    domain: str = ""
+    split: str = "unknown"
+    seconds: float | None = None
+    error: str | None = None
+
+
+class PredictedDataset(BaseModel):
+    """The dataset that was predicted; `label_values` are those of its label files, by class index."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str = ""
+    classes: list[str] = []
+    label_values: list[int] = []
+
+
+class Predictions(BaseModel):
+    """The content of `predictions.json`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    anysite: str = ""
+    created: str = ""
+    dataset: PredictedDataset = PredictedDataset()
+    runs: list[dict[str, Any]] = []
+    cases: dict[str, PredictedCase] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A prediction folder with its rows, or a file of rows, for which `predictions` is None."""
+
+    path: Path
+    rows: tuple[Row, ...]
+    predictions: Predictions | None = None
+
+
+def read_sources(paths: Sequence[Path]) -> list[Source]:
+    """Read prediction folders, `.jsonl` files of rows, and folders that hold such.
+
+    Raises:
+        FileFormatError: a file that is missing, or is not what its name says.
+        DataError: a folder without any of these.
+    """
+    return [source for path in paths for source in _sources_of(Path(path))]
+
+
+def _sources_of(path: Path) -> Iterator[Source]:
+    if not path.is_dir():
+        yield Source(path, _read_rows(path))
+        return
+    folders = sorted(found.parent for found in path.rglob("predictions.json"))
+    results = [
+        found
+        for found in sorted(path.rglob("*.jsonl"))
+        if not any(found.is_relative_to(folder) for folder in folders) and _holds_rows(found)
+    ]
+    if not folders and not results:
+        raise DataError(
+            "neither predictions.json nor result rows in this folder",
+            where=path,
+            fix="pass the output folder of a prediction, or a .jsonl file of results",
+        )
+    for folder in folders:
+        rows = folder / "rows.jsonl"
+        yield Source(folder, _read_rows(rows) if rows.exists() else (), _read_predictions(folder))
+    for result in results:
+        yield Source(result, _read_rows(result))
+
+
+def _read_predictions(folder: Path) -> Predictions:
+    path = folder / "predictions.json"
+    try:
+        return Predictions.model_validate(atomic.read_json(path))
+    except ValidationError as error:
+        raise FileFormatError(_first(error), where=path, expected="the record of a prediction") from None
+
+
+def _holds_rows(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return '"metric"' in file.readline()
+
+
+def _read_rows(path: Path) -> tuple[Row, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise FileFormatError(
+            "no such file", where=path, expected="a prediction folder or a .jsonl file"
+        ) from None
+    except ValueError as error:
+        raise FileFormatError(f"not text in UTF-8 ({error})", where=path) from None
+    rows: dict[tuple[object, ...], Row] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = Row.model_validate(json.loads(line))
+        except ValidationError as error:
+            raise FileFormatError(
+                _first(error), where=f"{path}:{number}", expected="a result row with metric and value"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise FileFormatError(f"not readable as JSON ({error})", where=f"{path}:{number}") from None
+        rows[row.key] = row
+    return tuple(rows.values())
+
+
+def _first(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}"

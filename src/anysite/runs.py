@@ -1,0 +1,263 @@
+"""The run folder: configuration, plan, splits, weights and log; data only, never code."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from anysite import __version__, atomic, config
+from anysite.errors import AnysiteError, RunError
+from anysite.learner import build_network
+from anysite.networks import Network
+from anysite.plan import Plan
+
+CONFIG, PLAN, SPLITS, WEIGHTS = "config.json", "plan.json", "splits.json", "weights.safetensors"
+CHECKPOINT, MANIFEST, LOG = "checkpoint.safetensors", "run.json", "log.jsonl"
+VERSIONED = ("torch", "monai", "lightning-fabric", "numpy", "nibabel", "scipy")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished run, ready to segment.
+
+    Attributes:
+        splits: Case ids by role: "training", "held_out" (source patients not trained on), "test".
+    """
+
+    path: Path
+    config: config.Config
+    plan: Plan
+    splits: dict[str, list[str]]
+    manifest: dict[str, Any]
+
+    def network(self) -> Network:
+        """Build the network and load its weights.
+
+        Raises:
+            RunError: the weights do not fit the network that the configuration describes.
+        """
+        network = build_network(self.config, self.plan)
+        weights = load_file(self.path / WEIGHTS)
+        expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+        found = {name: tuple(t.shape) for name, t in weights.items()}
+        if expected != found:
+            odd = sorted(
+                name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+            )
+            raise RunError(
+                f"{len(odd)} tensors that do not fit, such as {odd[0]} ({found.get(odd[0])})",
+                where=self.path / WEIGHTS,
+                expected=f"{expected.get(odd[0])}, as config.json and plan.json describe the network",
+                fix="restore the folder from its source",
+            )
+        network.load_state_dict(weights)
+        return network.eval()
+
+
+def open_run(path: Path) -> Run:
+    """Open a finished run folder and compare every file with its manifest.
+
+    Raises:
+        RunError: the folder is no finished run, or a file is missing, altered or of another version's form.
+    """
+    path = Path(path)
+    manifest = _read_manifest(path)
+    if not is_finished(path):
+        raise RunError(
+            "training that has not finished", where=path, fix="continue it with anysite train --resume"
+        )
+    for name, digest in manifest["files"].items():
+        if not (path / name).is_file():
+            raise RunError("no such file", where=path / name, fix="restore the run folder from its source")
+        if atomic.sha256(path / name) != digest:
+            raise RunError(
+                "a file altered since training",
+                where=path / name,
+                fix="restore the run folder from its source",
+            )
+    return Run(path, read_config(path), read_plan(path), atomic.read_json(path / SPLITS), manifest)
+
+
+def is_finished(path: Path) -> bool:
+    """Tell whether the training in a run folder came to its end."""
+    return bool(_read_manifest(path).get("finished"))
+
+
+def read_config(path: Path) -> config.Config:
+    """Read a run folder's configuration."""
+    return config.parse(_read_part(path / CONFIG))
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a run folder's plan.
+
+    Raises:
+        RunError: it is not a plan of this version.
+    """
+    try:
+        return Plan.model_validate(_read_part(path / PLAN))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RunError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=path / PLAN) from None
+
+
+def start(
+    path: Path, settings: config.Config, plan: Plan, splits: dict[str, list[str]], **facts: Any
+) -> None:
+    """Write the parts of a run folder that are known before training."""
+    path.mkdir(parents=True, exist_ok=True)
+    atomic.write_json(path / CONFIG, settings.model_dump(mode="json"))
+    atomic.write_json(path / PLAN, plan.model_dump(mode="json"))
+    atomic.write_json(path / SPLITS, splits)
+    # The shape nnU-Net users know: a list of folds, here one.
+    atomic.write_json(path / "splits_final.json", [{"train": splits["training"], "val": splits["held_out"]}])
+    atomic.write_json(path / MANIFEST, {"anysite": __version__, "created": now(), "finished": False, **facts})
+
+
+def finish(path: Path, network: Network, **facts: Any) -> None:
+    """Write the weights and seal the folder: a digest of every file that prediction relies on."""
+    save_tensors(path / WEIGHTS, network.state_dict())
+    manifest = {k: v for k, v in _read_manifest(path).items() if k != "files"}
+    manifest.update(facts, finished=True, finished_at=now(), versions=versions(), commit=commit())
+    manifest["files"] = {name: atomic.sha256(path / name) for name in (CONFIG, PLAN, SPLITS, WEIGHTS)}
+    atomic.write_json(path / MANIFEST, manifest)
+    (path / CHECKPOINT).unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
+    """Write tensors and a JSON-able dictionary as one safetensors file, atomically.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    content = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    try:
+        with atomic.replacing(path) as temporary:
+            save_file(content, temporary, {"facts": json.dumps(facts or {})})
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"cannot be written ({error})", where=path, fix="free space or choose another folder"
+        ) from error
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"not readable as a checkpoint ({error})", where=path) from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a run folder for one writer; a lock left by a dead process of this machine is taken over.
+
+    Raises:
+        RunError: another living process holds it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    lock = path / ".lock"
+    owner = {"pid": os.getpid(), "host": platform.node()}
+    while True:
+        try:
+            with lock.open("x") as file:
+                json.dump(owner, file)
+            break
+        except FileExistsError:
+            holder = _read_lock(lock)
+            if holder.get("host") != owner["host"] or _is_alive(holder.get("pid", 0)):
+                raise RunError(
+                    f"in use by process {holder.get('pid')} on {holder.get('host')}",
+                    where=path,
+                    fix=f"wait for it, or delete {lock.name} there if that process is gone",
+                ) from None
+            lock.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def fingerprint(content: Any) -> str:
+    """Return a short digest of anything JSON-able, such as a configuration."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def now() -> str:
+    """Return the time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    return {"anysite": __version__, "python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in VERSIONED
+    }
+
+
+def commit() -> str:
+    """Return the source checkout's commit, marked "+" where files differ from it, or "" outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--match", "-"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not (path / MANIFEST).is_file():
+        raise RunError(f"no {MANIFEST}", where=path, expected="a run folder written by anysite train")
+    content = _read_part(path / MANIFEST)
+    if not isinstance(content, dict) or (
+        content.get("finished") and not isinstance(content.get("files"), dict)
+    ):
+        raise RunError("not a run's manifest", where=path / MANIFEST)
+    return content
+
+
+def _read_part(path: Path) -> Any:
+    try:
+        return atomic.read_json(path)
+    except AnysiteError as error:
+        raise RunError(error.found, where=path, fix="restore the run folder from its source") from None
+
+
+def _read_lock(lock: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(lock.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OSError, TypeError):
+        return True
+    return True

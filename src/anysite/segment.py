@@ -1,0 +1,111 @@
+"""From an image to a prediction on the image's own grid, by one run or an ensemble."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from anysite import compute
+from anysite.config import Config, PredictSettings
+from anysite.data.volume import Volume
+from anysite.errors import RunError
+from anysite.networks import Network
+from anysite.patches import slide
+from anysite.plan import Plan
+from anysite.runs import Run
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """A segmented image.
+
+    Attributes:
+        label: Class indices `(1, *S)` on the image's own grid.
+        probabilities: One map a class or region `(K, *S)` on the same grid.
+    """
+
+    label: Volume
+    probabilities: Volume
+
+
+class Segmenter:
+    """Segments images with the networks of one or several runs, whose probabilities are averaged.
+
+    Raises:
+        RunError: the runs do not segment the same classes.
+    """
+
+    def __init__(
+        self, runs: Sequence[Run], settings: PredictSettings | None = None, accelerator: str = "auto"
+    ) -> None:
+        for run in runs[1:]:
+            if (run.plan.classes, run.plan.regions) != (runs[0].plan.classes, runs[0].plan.regions):
+                raise RunError(
+                    f"classes {', '.join(run.plan.classes)}",
+                    where=run.path,
+                    expected=f"{', '.join(runs[0].plan.classes)} as in {runs[0].path}, to average the two",
+                )
+        self.settings = settings or runs[0].config.predict
+        self.device = torch.device(compute.choose_accelerator(accelerator))
+        self.precision = compute.choose_precision(self.settings.precision, self.device.type)
+        self.members = [(self._load(run), run.plan, run.config) for run in runs]
+        self.plan = runs[0].plan
+        compute.keep_freed_memory()
+
+    def segment(self, image: Volume) -> Prediction:
+        """Segment one image.
+
+        Raises:
+            GeometryError: the image has other channels or spatial axes than the training cases had.
+        """
+        total: np.ndarray | None = None
+        for network, plan, config in self.members:
+            probabilities = plan.from_grid(
+                self._predict(plan.to_grid(image), network, plan, config), image
+            ).array
+            total = probabilities if total is None else total + probabilities
+        assert total is not None
+        mean = image.with_array(total / len(self.members))
+        return Prediction(self.plan.decide(mean), mean)
+
+    def _load(self, run: Run) -> Network:
+        network = run.network()
+        return network.to(self.device, memory_format=network.memory_format)  # pyright: ignore[reportCallIssue]
+
+    def _predict(
+        self, image: Float[Tensor, "c *s"], network: Network, plan: Plan, config: Config
+    ) -> Float[Tensor, "k *s"]:
+        flips = flip_combinations(plan, config) if self.settings.flips else [()]
+
+        def predict(windows: Tensor) -> Tensor:
+            windows = windows.contiguous(memory_format=network.memory_format)
+            views = [
+                torch.flip(plan.as_probabilities(network(torch.flip(windows, axes)).float()), axes)
+                for axes in flips
+            ]
+            return torch.stack(views).mean(0) if len(views) > 1 else views[0]
+
+        bf16 = self.precision == "bf16-mixed"
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            return slide(
+                image.to(self.device), predict, plan, self.settings.overlap, self.settings.batch_size
+            )
+
+
+def flip_combinations(plan: Plan, config: Config) -> list[tuple[int, ...]]:
+    """Return every set of tensor axes mirrored in training, the empty one first: views the network knows."""
+    augment = config.augment
+    if not augment.enabled or augment.flip == 0:
+        return [()]
+    axes = range(plan.dimension) if augment.flip_axes is None else augment.flip_axes
+    tensor_axes = [axis + 2 for axis in axes]
+    sets = itertools.chain.from_iterable(
+        itertools.combinations(tensor_axes, count) for count in range(len(tensor_axes) + 1)
+    )
+    return list(sets)

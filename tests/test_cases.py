@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anysite.data.case import Case, Dataset
+from anysite.data.volume import Volume
+from anysite.errors import DataError, GeometryError, LabelError
+
+
+def dataset_of(cases: list[tuple[str, str]], **settings) -> Dataset:
+    built = [Case(f"c{i}", patient, site, (Path("x"),)) for i, (patient, site) in enumerate(cases)]
+    return Dataset("d", tuple(built), **{"classes": ("background", "a"), "label_values": (0, 1), **settings})
+
+
+cases = st.lists(st.tuples(st.sampled_from("pqrstuvw"), st.sampled_from("XYZ")), min_size=1, max_size=30)
+
+
+@given(cases, st.floats(0, 0.9), st.integers(0, 99))
+def test_no_patient_is_on_both_sides(pairs, fraction, seed):
+    dataset = dataset_of(pairs)
+    train, held_out = dataset.hold_out_patients(fraction, seed)
+    assert {c.patient for c in train.cases}.isdisjoint(c.patient for c in held_out.cases)
+    assert sorted(c.id for c in train.cases + held_out.cases) == sorted(c.id for c in dataset.cases)
+    assert (train, held_out) == dataset.hold_out_patients(fraction, seed)
+
+
+@given(st.dictionaries(st.sampled_from("XYZ"), st.integers(1, 12), min_size=1), st.floats(0.05, 0.5))
+def test_every_site_with_two_patients_gives_some_and_keeps_some(sizes, fraction):
+    dataset = dataset_of([(f"{site}{i // 2}", site) for site, n in sizes.items() for i in range(2 * n)])
+    train, held_out = dataset.hold_out_patients(fraction, seed=0)
+    for site, patients in sizes.items():
+        kept = {c.patient for c in train.cases if c.domain == site}
+        given_away = {c.patient for c in held_out.cases if c.domain == site}
+        expected = min(max(1, round(fraction * patients)), patients - 1)
+        assert (len(kept), len(given_away)) == (patients - expected, expected)
+
+
+def test_another_seed_holds_out_other_patients():
+    dataset = dataset_of([(f"p{i}", "X") for i in range(30)])
+    chosen = [{c.id for c in dataset.hold_out_patients(0.3, seed)[1].cases} for seed in range(3)]
+    assert chosen[0] != chosen[1] != chosen[2]
+
+
+@given(cases, st.sets(st.sampled_from("XYZ")))
+def test_leaving_sites_out(pairs, domains):
+    dataset = dataset_of(pairs)
+    domains &= set(dataset.domains)
+    others, left_out = dataset.leave_out(domains)
+    assert set(left_out.domains) == domains
+    assert set(others.domains) == set(dataset.domains) - domains
+    with pytest.raises(DataError, match="no site named 'W'; expected one of"):
+        dataset.leave_out(["W"])
+
+
+@given(st.sets(st.integers(0, 300), min_size=2, max_size=9).map(sorted), st.randoms())
+def test_label_values_become_class_indices(values, random):
+    names = tuple(f"n{v}" for v in values)
+    dataset = dataset_of([("p", "X")], classes=names, label_values=tuple(values))
+    array = np.array([[[random.choice(values) for _ in range(4)] for _ in range(3)]], np.int32)
+    indices = dataset.class_indices(Volume.of_pixels(array)).array
+    assert [[values[i] for i in row] for row in indices[0]] == array[0].tolist()
+    array[0, 1, 2] = 301
+    with pytest.raises(LabelError, match=r"^here: label value 301; expected only .*dataset\.json"):
+        dataset.class_indices(Volume.of_pixels(array), where="here")
+
+
+def test_channels_are_stacked_only_on_one_grid(tmp_path):
+    def save(name, shape, origin=0.0):
+        affine = np.eye(4)
+        affine[0, 3] = origin
+        nibabel.Nifti1Image(np.full(shape, len(name), np.int16), affine).to_filename(tmp_path / name)
+        return tmp_path / name
+
+    first, second = save("a.nii", (2, 3, 4)), save("bb.nii", (2, 3, 4))
+    image = Case("c", "p", "X", (first, second)).image()
+    np.testing.assert_array_equal(image.array[:, 0, 0, 0], [5, 6])
+    for other in (save("shape.nii", (2, 3, 5)), save("moved.nii", (2, 3, 4), origin=1.0)):
+        with pytest.raises(GeometryError, match=f"{other.name}.*the grid of a.nii"):
+            Case("c", "p", "X", (first, other)).image()
+    assert Case("c", "p", "X", (first,), second).label().array.max() == 6
+    with pytest.raises(DataError, match="c: a case without a label"):
+        Case("c", "p", "X", (first,)).label()

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from anysite.data import files
+from anysite.data.volume import Volume
+from anysite.errors import DataError, FileFormatError, GeometryError, LabelError
+
+relaxed = settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def label_map(shape: tuple[int, ...], seed: int, classes: int = 4) -> Volume:
+    rng = np.random.default_rng(seed)
+    array = rng.integers(0, classes, (1, *shape)).astype(np.int32)
+    array.flat[0] = classes - 1
+    if len(shape) == 2:
+        return Volume.of_pixels(array)
+    affine = np.eye(4)
+    affine[:3] = rng.normal(size=(3, 4)).astype(np.float32)  # NIfTI keeps 32 bits of it
+    return Volume(array, affine)
+
+
+@relaxed
+@given(st.sampled_from([".nii", ".nii.gz"]), st.integers(0, 999), st.sampled_from([2, 256, 257, 65536]))
+def test_nifti_labels_keep_every_voxel_and_the_affine(tmp_path, suffix, seed, classes):
+    label = label_map((3, 5, 4), seed, classes)
+    files.write_label(label, tmp_path / f"mask{suffix}")
+    back = files.read_label(tmp_path / f"mask{suffix}")
+    np.testing.assert_array_equal(back.array, label.array)
+    np.testing.assert_array_equal(back.affine, label.affine)
+    qform = nibabel.Nifti1Image.from_filename(tmp_path / f"mask{suffix}").get_sform()
+    np.testing.assert_array_equal(qform, label.affine)
+
+
+@relaxed
+@given(st.sampled_from([".png", ".tif", ".TIFF"]), st.integers(0, 999), st.sampled_from([2, 256, 257, 65536]))
+def test_picture_labels_keep_every_pixel(tmp_path, suffix, seed, classes):
+    label = label_map((5, 7), seed, classes)
+    files.write_label(label, tmp_path / f"mask{suffix}")
+    back = files.read_label(tmp_path / f"mask{suffix}")
+    np.testing.assert_array_equal(back.array, label.array)
+    assert back.unit == "px"
+
+
+def test_a_tiff_of_several_pages_is_a_volume(tmp_path):
+    volume = Volume.of_pixels(np.arange(2 * 5 * 7).reshape(1, 2, 5, 7))
+    files.write_label(volume, tmp_path / "stack.tif")
+    np.testing.assert_array_equal(files.read_label(tmp_path / "stack.tif").array, volume.array)
+    pages = [Image.fromarray(page.astype(np.uint8)) for page in volume.array[0]]
+    pages[0].save(tmp_path / "lzw.tif", save_all=True, append_images=pages[1:], compression="tiff_lzw")
+    np.testing.assert_array_equal(files.read(tmp_path / "lzw.tif").array, volume.array)
+    with tifffile.TiffWriter(tmp_path / "sizes.tif") as writer:
+        writer.write(np.zeros((5, 7), np.uint8), metadata=None)
+        writer.write(np.zeros((6, 7), np.uint8), metadata=None)
+    with pytest.raises(FileFormatError, match="different shapes"):
+        files.read(tmp_path / "sizes.tif")
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".png", ".jpg", ".tif", "_pages.tif"])
+def test_a_truncated_file_is_never_read_as_another_image(tmp_path, suffix):
+    path = tmp_path / f"whole{suffix}"
+    rng = np.random.default_rng(0)
+    if ".nii" in suffix:
+        nibabel.Nifti1Image(rng.integers(0, 999, (5, 6, 4)).astype(np.int16), np.eye(4)).to_filename(path)
+    elif suffix == "_pages.tif":
+        pages = rng.integers(0, 255, (3, 9, 8)).astype(np.uint8)
+        tifffile.imwrite(path, pages, photometric="minisblack", compression="deflate")
+    elif suffix == ".tif":
+        tifffile.imwrite(path, rng.integers(0, 255, (9, 8)).astype(np.uint8))
+    else:
+        Image.fromarray(rng.integers(0, 255, (9, 8)).astype(np.uint8)).save(path)
+    content, whole = path.read_bytes(), files.read(path).array
+    cut = tmp_path / f"cut{suffix}"
+    for length in [*range(0, len(content) - 40, 7), *range(max(0, len(content) - 40), len(content))]:
+        cut.write_bytes(content[:length])
+        if suffix == ".png" and length > len(content) - 24:  # only checksums and the end mark are missing
+            continue
+        with pytest.raises(FileFormatError, match=r"cut"):
+            files.read(cut)
+    if suffix == ".nii":
+        cut.write_bytes(content + b"\0")
+        with pytest.raises(FileFormatError, match="more|exactly"):
+            files.read(cut)
+    assert whole.size
+
+
+@relaxed
+@given(st.sampled_from([".nii", ".png", ".tif"]), st.data())
+def test_damaged_bytes_raise_only_data_errors(tmp_path, suffix, data):
+    path = tmp_path / f"damaged{suffix}"
+    files.write_label(label_map((4, 4, 3) if suffix == ".nii" else (6, 5), 0), path)
+    content = bytearray(path.read_bytes())
+    for position in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=6)):
+        content[position] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    complaint = None
+    try:
+        files.read(path)
+    except DataError as error:
+        complaint = error
+    assert complaint is None or complaint.where == str(path)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".png", ".tif"])
+@pytest.mark.parametrize("fails", ["writer", "fsync"])
+def test_a_full_disk_leaves_the_old_mask_and_nothing_else(tmp_path, monkeypatch, suffix, fails):
+    path, old = tmp_path / f"mask{suffix}", label_map((4, 4, 3) if "nii" in suffix else (4, 4), 0)
+    files.write_label(old, path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if fails == "fsync":
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        monkeypatch.setattr(files.FORMATS[suffix], "write_label", full)
+    with pytest.raises(FileFormatError, match="No space left"):
+        files.write_label(old.with_array(1 - np.minimum(old.array, 1)), path)
+    assert list(tmp_path.iterdir()) == [path]
+    np.testing.assert_array_equal(files.read_label(path).array, old.array)
+
+
+def test_a_writer_that_alters_the_mask_is_found_out(tmp_path):
+    too_many = Volume.of_pixels(np.full((1, 3, 3), 70_000))
+    for path in (tmp_path / "mask.png", tmp_path / "mask.tif"):
+        with pytest.raises(FileFormatError, match="differs"):
+            files.write_label(too_many, path)
+    assert not list(tmp_path.iterdir())
+    for name, complaint in (("a.jpg", "JPEG"), ("a.xyz", "unknown"), ("a", "unknown")):
+        with pytest.raises(FileFormatError, match=complaint):
+            files.write_label(label_map((3, 3), 0), tmp_path / name)
+    with pytest.raises(FileFormatError, match="three spatial axes"):
+        files.write_label(label_map((3, 3, 3), 0), tmp_path / "a.png")
+
+
+def test_picture_modes(tmp_path):
+    rng = np.random.default_rng(0)
+    rgba, grey = rng.integers(0, 255, (5, 6, 4)).astype(np.uint8), rng.integers(0, 4, (5, 6)).astype(np.uint8)
+    palette = Image.fromarray(grey, "L").convert("P")
+    palette.putpalette(list(range(255, -1, -1)) * 3)
+    saved = {
+        "rgba.png": (Image.fromarray(rgba), np.moveaxis(rgba[..., :3], -1, 0)),
+        "rgb.tif": (Image.fromarray(rgba[..., :3]), np.moveaxis(rgba[..., :3], -1, 0)),
+        "rgba.tif": (Image.fromarray(rgba), np.moveaxis(rgba[..., :3], -1, 0)),
+        "palette.png": (palette, np.asarray(palette)[None]),
+        "sixteen.png": (Image.fromarray(grey.astype(np.uint16) * 9000), grey[None] * np.uint16(9000)),
+        "bit.png": (Image.fromarray(grey > 1), (grey > 1)[None] * 255),
+        "bit.tif": (Image.fromarray(grey > 1), (grey > 1)[None] * 255),
+        "alpha.png": (Image.fromarray(rgba[..., :2], "LA"), rgba[None, ..., 0]),
+    }
+    for name, (image, expected) in saved.items():
+        image.save(tmp_path / name)
+        np.testing.assert_array_equal(files.read(tmp_path / name).array, expected, err_msg=name)
+
+
+def test_axes_of_nifti_become_channels_or_space(tmp_path):
+    for shape, expected in {
+        (4, 5): (1, 4, 5, 1),
+        (4, 5, 6): (1, 4, 5, 6),
+        (4, 5, 6, 2): (2, 4, 5, 6),
+        (4, 5, 6, 1, 3): (3, 4, 5, 6),
+        (4, 5, 6, 2, 1): (2, 4, 5, 6),
+    }.items():
+        array = np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
+        nibabel.Nifti1Image(array, np.eye(4)).to_filename(tmp_path / "a.nii")
+        volume = files.read(tmp_path / "a.nii")
+        assert volume.array.shape == expected
+        assert volume.array[-1, 3, 4, 0] == array[3, 4, *([0] * (len(shape) > 2)), ...].flat[-1]
+    nibabel.Nifti1Image(np.zeros((2, 2, 2, 2, 2), np.int16), np.eye(4)).to_filename(tmp_path / "a.nii")
+    with pytest.raises(GeometryError, match="a.nii"):
+        files.read(tmp_path / "a.nii")
+    nibabel.Nifti1Image(np.zeros((2, 2, 2), np.complex64), np.eye(4)).to_filename(tmp_path / "a.nii")
+    with pytest.raises(FileFormatError, match="numbers"):
+        files.read(tmp_path / "a.nii")
+
+
+def test_values_that_are_no_label_or_no_number(tmp_path):
+    def label_of(array):
+        nibabel.Nifti1Image(array.astype(np.float32), np.eye(4)).to_filename(tmp_path / "a.nii")
+        return files.read_label(tmp_path / "a.nii")
+
+    assert label_of(np.full((2, 2, 2), 3.0)).array.dtype == np.int32
+    for array, error in (
+        (np.full((2, 2, 2), 0.5), LabelError),
+        (np.full((2, 2, 2), -1), LabelError),
+        (np.full((2, 2, 2), 3e9), LabelError),
+        (np.full((2, 2, 2), np.nan), FileFormatError),
+        (np.full((2, 2, 2), np.inf), FileFormatError),
+        (np.arange(16).reshape(2, 2, 2, 2), LabelError),
+    ):
+        with pytest.raises(error, match="a.nii"):
+            label_of(array)
+    assert label_of(np.ones((2, 2, 2, 3))).array.shape == (1, 2, 2, 2)  # grey saved as RGB
+
+
+def test_names():
+    nifti, other = Path("x/a.b.NII.GZ"), Path("a.dcm")
+    assert (files.suffix_of(nifti), files.stem_of(nifti)) == (".nii.gz", "a.b")
+    assert (files.suffix_of(other), files.stem_of(other)) == ("", "a")
+    with pytest.raises(FileFormatError, match="no such file"):
+        files.read(Path("nowhere.png"))

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from anysite.data.layouts import find_cases, infer_classes, open_dataset, open_images
+from anysite.errors import DataError, LabelError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def save(path: Path, *values: int) -> None:
+    """Write a picture of 4x4 pixels that holds `values`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.zeros((4, 4), np.uint8)
+    array.flat[: len(values)] = values
+    Image.fromarray(array).save(path)
+
+
+def declare(path: Path, **content) -> None:
+    path.write_text(json.dumps(content))
+
+
+def files_of(dataset) -> dict[str, list[str]]:
+    return {case.id: [path.name for path in case.image_paths] for case in dataset.cases}
+
+
+def test_manifest_with_everything(tmp_path):
+    for name in ("a_t1", "a_t2", "b_t1", "b_t2", "la"):
+        save(tmp_path / "files" / f"{name}.png", 0, 40, 90)
+    (tmp_path / "index.csv").write_bytes(
+        b"\xef\xbb\xbfCase;patient;domain;image;image_1;label;task;age\r\n"
+        b"a;p;X;files/a_t1.png;files/a_t2.png;files/la.png;heart;61\r\n"
+        b'"b";p;Y;files/b_t1.png;files/b_t2.png;;heart\r\n'
+    )
+    labels = {"scar": 90, "background": 0, "vessel": 40}
+    declare(
+        tmp_path / "dataset.json", name="N", labels=labels, licence="CC0", modality={"0": "T1", "1": "T2"}
+    )
+    for path in (tmp_path, tmp_path / "index.csv"):
+        dataset = open_dataset(path)
+        assert (dataset.name, dataset.classes, dataset.label_values) == (
+            "N",
+            ("background", "vessel", "scar"),
+            (0, 40, 90),
+        )
+        assert dataset.provenance == {"licence": "CC0", "modality": "T1, T2"}
+        assert [(c.id, c.patient, c.domain, c.task) for c in dataset.cases] == [
+            ("a", "p", "X", "heart"),
+            ("b", "p", "Y", "heart"),
+        ]
+        assert [c.id for c in dataset.labelled] == ["a"]
+        assert dataset.cases[0].image().array.shape == (2, 4, 4)
+
+
+def test_manifest_defaults(tmp_path):
+    (tmp_path / "manifest.csv").write_text(f"image,case\n{tmp_path / 'else' / 'a.png'},a\nmissing.png,b\n")
+    dataset = find_cases(tmp_path)  # a file that does not exist is no error here
+    assert [(c.patient, c.domain, c.label_path) for c in dataset.cases] == [
+        ("a", tmp_path.name, None),
+        ("b", tmp_path.name, None),
+    ]
+    assert dataset.cases[0].image_paths == (tmp_path / "else" / "a.png",)
+    with pytest.raises(LabelError, match="no label files and no declared classes"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("case,patient\na,b\n", "no column 'image' among case, patient"),
+        ("image\na\n", "no column 'case'"),
+        ("", "no column 'case'"),
+        ("case,image\na,x\nb,y\na,z\n", r"a \(lines 2, 4\)"),
+        ("case,image,patient\na,x,\n", "no patient in line 2"),
+        ("case,image\na,x,y\n", "line 2 has more fields"),
+        ("case,image,case\na,x,y\n", "two columns of one name"),
+        ("case,image,image_2\na,x,y\n", "channel columns image_2"),
+        ("case,image,image_1,image_2\na,x,,z\n", "channel is missing in line 2"),
+        ('case,image\na,"x\n', "not readable as CSV"),
+        ("case,image\n../a,x\n", "identifier that can name a file"),
+        ("case,image\n", "without cases"),
+        ("case,image\n\xe4,x\n", "not readable"),
+    ],
+)
+def test_manifest_faults(tmp_path, text, complaint):
+    (tmp_path / "index.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=complaint):
+        find_cases(tmp_path)
+
+
+@pytest.fixture
+def nnunet(tmp_path):
+    folder = tmp_path / "Dataset007_Toy"
+    for case in ("a", "b"):
+        save(folder / "imagesTr" / f"{case}_0000.png", 1)
+        save(folder / "imagesTr" / f"{case}_0001.png", 2)
+        save(folder / "labelsTr" / f"{case}.png", 0, 1, 3)
+    save(folder / "imagesTs" / "t_0000.png", 1)
+    save(folder / "imagesTs" / "t_0001.png", 1)
+    save(folder / "labelsTs" / "t.png", 1)
+    (folder / "imagesTr" / "._a_0000.png").write_bytes(b"")
+    labels = {"background": 0, "core": 1, "ring": 3}
+    declare(folder / "dataset.json", labels=labels, channel_names={"0": "T1", "1": "CT"}, file_ending=".png")
+    return folder
+
+
+def test_nnunet_folder(nnunet):
+    dataset = open_dataset(nnunet)
+    assert files_of(dataset) == {c: [f"{c}_0000.png", f"{c}_0001.png"] for c in "ab"}
+    assert (dataset.classes, dataset.label_values) == (("background", "core", "ring"), (0, 1, 3))
+    assert dataset.domains == (nnunet.name,)
+    assert len(dataset.labelled) == 2
+    assert dataset.provenance == {"modality": "T1, CT"}
+    test = open_dataset(nnunet / "imagesTs")  # never mixed with the training cases
+    assert [(c.id, c.label_path) for c in test.cases] == [("t", nnunet / "labelsTs" / "t.png")]
+
+
+@pytest.mark.parametrize("mapping", [{"a": "X", "b": "Y"}, {"X": ["a"], "Y": ["b"]}])
+def test_nnunet_sites(nnunet, mapping):
+    declare(nnunet / "domain_mapping_00.json", **mapping)
+    assert [c.domain for c in open_dataset(nnunet).cases] == ["X", "Y"]
+    declare(nnunet / "domain_mapping_01.json", a="Z")
+    with pytest.raises(DataError, match="case a at the sites X and Z"):
+        open_dataset(nnunet)
+    declare(nnunet / "domain_mapping_01.json", a="X")
+    declare(nnunet / "domain_mapping_00.json", a="X")
+    with pytest.raises(DataError, match="1 cases without a site, such as b"):
+        open_dataset(nnunet)
+
+
+def test_nnunet_regions(nnunet):
+    labels = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3}
+    declare(nnunet / "dataset.json", labels=labels, regions_class_order=[1, 2, 3])
+    dataset = open_dataset(nnunet)
+    assert dataset.classes == ("background", "class_1", "class_2", "enhancing")
+    assert dataset.regions == ((1, 2, 3), (2, 3), (3,))
+    assert (dataset.region_names, dataset.region_classes) == (("whole", "core", "enhancing"), (1, 2, 3))
+    for order in ([], [1, 2], [1, 1, 3]):
+        declare(nnunet / "dataset.json", labels=labels, regions_class_order=order)
+        with pytest.raises(LabelError, match="regions_class_order"):
+            open_dataset(nnunet)
+
+
+def test_decathlon_folder_and_listed_files(nnunet, tmp_path):
+    folder = tmp_path / "Task04_Toy"
+    save(folder / "imagesTr" / "toy_001.png", 1)
+    save(folder / "labelsTr" / "toy_001.png", 1)
+    declare(folder / "dataset.json", labels={"0": "background", "1": "core"}, modality={"0": "MRI"})
+    dataset = open_dataset(folder)
+    assert (files_of(dataset), dataset.classes) == ({"toy_001": ["toy_001.png"]}, ("background", "core"))
+    listed = {"k": {"images": ["imagesTr/a_0000.png"], "label": "labelsTr/b.png"}}
+    declare(nnunet / "dataset.json", labels={"background": 0, "a": 1}, dataset=listed)
+    assert files_of(open_dataset(nnunet)) == {"k": ["a_0000.png"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ({"labels": {"a": 1, "b": 2}}, "labels"),
+        ({"labels": {"background": 0, "a": 1, "b": 1}}, "one value for two classes"),
+        ({"labels": {"background": 0, "a": 1, "ignore": 2}}, "ignore"),
+        ({"labels": {"background": 0, "a": -1}}, "labels.a"),
+        ({"labels": {"background": 0, "a": "one"}}, "labels"),
+        ({"labels": [0, 1]}, "labels"),
+        ({"name": 7}, "name is 7"),
+    ],
+)
+def test_declarations_that_make_no_sense(nnunet, content, complaint):
+    declare(nnunet / "dataset.json", **content)
+    with pytest.raises(DataError, match=f"dataset.json: .*{complaint}"):
+        open_dataset(nnunet)
+    (nnunet / "dataset.json").write_text("{")
+    with pytest.raises(DataError, match="JSON"):
+        open_dataset(nnunet)
+
+
+def test_folders_of_sites(tmp_path):
+    for site, masks, cases in (("X", "masks", ("a", "b")), ("Y", "labels", ("c",))):
+        for case in cases:
+            save(tmp_path / site / "images" / f"{case}.png", 9)
+            save(tmp_path / site / masks / f"{case}.png", 0, 255)
+    save(tmp_path / "Y" / "images" / "d.png", 9)
+    dataset = open_dataset(tmp_path)
+    assert [(c.id, c.patient, c.domain) for c in dataset.cases] == [
+        *(("a", "a", "X"), ("b", "b", "X"), ("c", "c", "Y"), ("d", "d", "Y"))
+    ]
+    assert dataset.cases[3].label_path is None
+    assert (dataset.classes, dataset.label_values) == (("background", "foreground"), (0, 255))
+    assert open_dataset(tmp_path / "X").domains == ("X",)
+    save(tmp_path / "Y" / "images" / "a.png", 9)  # the same name at two sites: two patients
+    renamed = find_cases(tmp_path).cases
+    assert [(c.id, c.patient) for c in renamed if c.id.endswith("_a")] == [("X_a", "X_a"), ("Y_a", "Y_a")]
+    save(tmp_path / "X" / "masks" / "e.png", 1)
+    with pytest.raises(DataError, match="1 labels without an image, such as e.png"):
+        open_dataset(tmp_path)
+    (tmp_path / "X" / "masks" / "e.png").rename(tmp_path / "X" / "masks" / "a.tif")
+    with pytest.raises(DataError, match="a.png and a.tif have one name"):
+        open_dataset(tmp_path)
+    (tmp_path / "Y" / "masks").mkdir()
+    (tmp_path / "X" / "masks" / "a.tif").unlink()
+    with pytest.raises(DataError, match="both masks and labels"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "cases"),
+    [
+        (["a_0000", "a_0001", "b_0000"], {"a": 2, "b": 1}),
+        (["a_0000", "b_0000"], {"a": 1, "b": 1}),
+        (["a_0000", "b"], {"a_0000": 1, "b": 1}),
+        (["a_0001", "a_0002"], {"a_0001": 1, "a_0002": 1}),
+        (["a", "b_01"], {"a": 1, "b_01": 1}),
+    ],
+)
+def test_channels_are_grouped_only_where_every_name_counts_up(tmp_path, names, cases):
+    for name in names:
+        save(tmp_path / "in" / f"{name}.png", 1)
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    opened = open_images(tmp_path / "in")
+    assert {c.id: len(c.image_paths) for c in opened} == cases
+    assert all((c.domain, c.label_path) == ("in", None) for c in opened)
+    for name in names:  # masks of the full names say that the number is no channel
+        save(tmp_path / "site" / "images" / f"{name}.png", 1)
+        save(tmp_path / "site" / "masks" / f"{name}.png", 1)
+    assert sorted(files_of(find_cases(tmp_path / "site"))) == sorted(names)
+
+
+def test_images_to_segment(tmp_path, nnunet):
+    save(tmp_path / "one.png", 1)
+    assert [(c.id, c.label_path) for c in open_images(tmp_path / "one.png")] == [("one", None)]
+    assert [c.id for c in open_images(nnunet)] == ["a", "b"]
+    for path in (tmp_path / "empty", tmp_path / "notes.txt", tmp_path / "nowhere"):
+        if path.name == "empty":
+            path.mkdir()
+        elif path.suffix:
+            path.write_text("")
+        with pytest.raises(DataError, match=f"{path.name}: .*expected"):
+            open_images(path)
+    with pytest.raises(DataError, match=r"the folder holds Dataset007_Toy, empty, .*write index\.csv"):
+        open_dataset(tmp_path)
+
+
+@given(st.sets(st.integers(1, 255), min_size=1, max_size=40))
+def test_inferred_classes_hold_every_value_or_are_refused(values):
+    if values == {255}:
+        assert infer_classes({0, 255})[1] == (0, 255)
+    elif len(values) + 1 > (max(values) + 1) / 2:
+        classes, label_values = infer_classes({0, *values})
+        assert label_values == tuple(range(max(values) + 1))
+        assert len(classes) == len(label_values)
+    else:
+        with pytest.raises(LabelError, match=rf"values 0, {min(values)}\b.*dataset\.json"):
+            infer_classes({0, *values})
+
+
+@pytest.mark.parametrize("values", [{0}, {0, 85, 170, 255}, {0, 1, 255}, {0, 4}, {0, 1000}])
+def test_values_that_need_a_declaration(values):
+    with pytest.raises(LabelError):
+        infer_classes(values)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("pack", "cases", "patients", "classes"),
+    [
+        (
+            "fundus_vessels_512",
+            {"drive": 40, "stare": 20, "chasedb1": 28, "hrf": 45},
+            {"drive": 40, "stare": 20, "chasedb1": 14, "hrf": 45},
+            2,
+        ),
+        (
+            "cardiac_mr_3d",
+            {"mnms_vendorA_centre1": 80, "acdc_dijon": 90},
+            {"mnms_vendorA_centre1": 40, "acdc_dijon": 45},
+            4,
+        ),
+        ("hippocampus_3d", {"vanderbilt": 200}, {"vanderbilt": 200}, 3),
+    ],
+)
+def test_shared_packs(pack, cases, patients, classes):
+    if not (SHARED / pack).is_dir():
+        pytest.skip(f"{SHARED / pack} is absent")
+    dataset = open_dataset(SHARED / pack)
+    assert Counter(c.domain for c in dataset.labelled) == cases
+    assert {d: len({c.patient for c in dataset.cases if c.domain == d}) for d in dataset.domains} == patients
+    assert len(dataset.classes) == classes
+    with (SHARED / pack / "index.csv").open() as file:
+        assert [row["case"] for row in csv.DictReader(file)] == [c.id for c in dataset.cases]
+    folders = find_cases(SHARED / pack / next(iter(cases)))  # one site of it, by its folders alone
+    assert {c.image_paths[0].name for c in folders.labelled} == {
+        c.image_paths[0].name for c in dataset.cases if c.domain == next(iter(cases))
+    }
