@@ -21,8 +21,8 @@ demo: install
 	$(BIN)/anysite demo --output demo
 
 test: install
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
@@ -30,11 +30,12 @@ test-slow: install
 	$(BIN)/python -m pytest -n 2 -m slow
 
 check: install
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/pyright
 
 docs: install
+	$(BIN)/python docs/generate.py
 	$(BIN)/python -m pip install --quiet mkdocs-material
 	$(BIN)/mkdocs build --strict
 

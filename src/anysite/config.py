@@ -105,7 +105,7 @@ class TrainSettings(Settings):
 
     steps: int = Field(default=1000, gt=0)
     batch_size: int | None = Field(default=None, gt=0, description="none: 8 in 2-D, 2 in 3-D")
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=3e-3, gt=0)
     weight_decay: float = Field(default=1e-2, ge=0)
     schedule: Literal["cosine", "polynomial", "constant"] = "cosine"
     warmup_steps: int = Field(default=50, ge=0)

@@ -87,20 +87,20 @@ class Anatomy:
             return length * np.array([np.cos(angle), np.sin(angle), 0.0])[:dimension]
 
         def blob(centre: np.ndarray, radius: float) -> Blob:
-            return Blob.draw(rng, centre, radius * upright * rng.uniform(0.88, 1.12, dimension), 0.15)
+            return Blob.draw(rng, centre, radius * upright * rng.uniform(0.88, 1.12, dimension), 0.1)
 
         body = Blob.draw(rng, np.zeros(dimension), half * rng.uniform(0.85, 0.98, dimension) * stretch, 0.05)
         body = replace(body, rotation=np.eye(dimension))
         interior = replace(body, radii_mm=body.radii_mm * rng.uniform(0.84, 0.92))
 
-        centre, radius = rng.normal(0, 7, dimension), rng.uniform(28, 38)
+        centre, radius = rng.normal(0, 7, dimension), rng.uniform(30, 38)
         organ = blob(centre, radius)
-        side = np.pi + rng.uniform(-0.6, 0.6)
+        side = np.pi + rng.uniform(-0.5, 0.5)
         crescent = blob(centre + towards(side, 0.8 * radius), radius * rng.uniform(0.9, 1.0))
         far = side + np.pi + rng.uniform(-0.9, 0.9)
         nodule_radius = rng.uniform(10, 13)
         nodule = blob(centre + towards(far, radius + 0.35 * nodule_radius), nodule_radius)
-        bowel = blob(centre + towards(side - rng.uniform(1.4, 2.0), radius + 30), rng.uniform(13, 19))
+        bowel = blob(centre + towards(side - rng.uniform(1.4, 2.0), radius + 34), rng.uniform(12, 17))
         neighbours = [
             ("lung", blob(centre + towards(far + 0.3, radius + 38), 30)),
             ("liver", blob(centre + towards(side + rng.uniform(1.2, 1.7), radius + 38), 36)),
@@ -109,7 +109,7 @@ class Anatomy:
             start = centre + towards(rng.uniform(0, 2 * np.pi), radius + rng.uniform(24, 60))
             long = np.array([1.0, 1.0, 8.0])[:dimension]
             neighbours.append(("vessel", Blob.draw(rng, start, rng.uniform(3, 6) * long)))
-        share, waves = rng.uniform(0.56, 0.66), rng.normal(0, 0.03, (3, dimension))
+        share, waves = rng.uniform(0.52, 0.62), rng.normal(0, 0.03, (3, dimension))
         warp = (waves, rng.uniform(0, 2 * np.pi, 3), rng.normal(0, 2.5, (3, dimension)))
         present = nodule if with_nodule else None
         return cls(body, interior, tuple(neighbours), bowel, crescent, organ, share, present, warp)

@@ -81,10 +81,10 @@ SITES = {
     ),
     "east": Site(  # bright blood of less contrast, blurred, strong coil shading
         Signal(
-            air=0.05, fat=0.55, muscle=0.40, lung=0.16, liver=0.44, vessel=0.80, bowel_wall=0.44, bowel=0.74,
-            crescent=0.66, shell=0.46, cavity=0.76, nodule=0.90,
+            air=0.05, fat=0.55, muscle=0.38, lung=0.16, liver=0.46, vessel=0.80, bowel_wall=0.44, bowel=0.74,
+            crescent=0.68, shell=0.44, cavity=0.76, nodule=0.90,
         ),
-        gamma=0.8, noise="gaussian", noise_level=0.04, bias=0.25, blur_mm=4.0, acquired_mm=2.4,
+        gamma=0.8, noise="gaussian", noise_level=0.035, bias=0.20, blur_mm=3.5, acquired_mm=2.2,
         texture="stripes", texture_level=0.015, texture_mm=7.0,
         spacing_mm=(3.5, 3.5, 5.0), orientation="LPS", centre_mm=(-12.0, 30.0, 45.0), scale=600.0, offset=40.0,
     ),
@@ -93,16 +93,16 @@ SITES = {
             air=0.02, fat=0.22, muscle=0.44, lung=0.06, liver=0.62, vessel=0.86, bowel_wall=0.50, bowel=0.78,
             crescent=0.84, shell=0.58, cavity=0.80, nodule=0.96,
         ),
-        gamma=1.2, noise="poisson", noise_level=0.05, bias=0.06, blur_mm=3.0, acquired_mm=1.8,
+        gamma=1.2, noise="poisson", noise_level=0.04, bias=0.06, blur_mm=3.0, acquired_mm=1.8,
         texture="grain", texture_level=0.02, texture_mm=5.0,
         spacing_mm=(4.4, 4.4, 3.6), orientation="LAS", centre_mm=(20.0, -8.0, -60.0), scale=2400.0, offset=-1000.0,
     ),
     "west": Site(  # dark blood, fat bright, speckled
         Signal(
-            air=0.04, fat=0.95, muscle=0.56, lung=0.16, liver=0.46, vessel=0.70, bowel_wall=0.50, bowel=0.66,
-            crescent=0.66, shell=0.58, cavity=0.80, nodule=0.86,
+            air=0.25, fat=0.95, muscle=0.50, lung=0.34, liver=0.62, vessel=0.66, bowel_wall=0.40, bowel=0.66,
+            crescent=0.74, shell=0.30, cavity=0.70, nodule=0.88,
         ),
-        gamma=0.75, noise="speckle", noise_level=0.10, bias=0.20, blur_mm=3.5, acquired_mm=2.2,
+        gamma=0.75, noise="speckle", noise_level=0.06, bias=0.20, blur_mm=3.5, acquired_mm=2.2,
         texture="herringbone", texture_level=0.03, texture_mm=8.0,
         spacing_mm=(3.8, 3.8, 6.0), orientation="PLS", centre_mm=(5.0, 60.0, 10.0), scale=3000.0, offset=200.0,
     ),
@@ -196,4 +196,5 @@ def _smooth_noise(shape: tuple[int, ...], sigma: np.ndarray, rng: np.random.Gene
 def _zoomed(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if shape == image.shape:
         return image
-    return ndimage.zoom(image, np.array(shape) / image.shape, order=1, mode="nearest", grid_mode=True)
+    zoom = np.array(shape) / image.shape
+    return np.asarray(ndimage.zoom(image, zoom, order=1, mode="nearest", grid_mode=True))

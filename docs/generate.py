@@ -1,0 +1,106 @@
+"""Writes docs/commands.md, docs/settings.md and docs/methods.md from the code; a test compares them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer.core
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from anysite import config, registry
+from anysite.cli import app
+
+DOCS = Path(__file__).parent
+
+
+def describe_commands() -> str:
+    """Return the page of every command with its arguments and options."""
+    group = typer.main.get_group(app)
+    lines = ["# Commands", "", "Written by `make docs` from the code.", ""]
+    lines += ["Exit codes: 0 done; 1 done, but some cases failed; 2 misuse; 3 interrupted, state saved.", ""]
+    for name, command in group.commands.items():
+        lines += [f"## anysite {name}", "", (command.help or "").strip(), ""]
+        lines += ["| argument or option | what it is | default |", "|---|---|---|"]
+        for parameter in command.params:
+            if parameter.name == "help":
+                continue
+            meaning = getattr(parameter, "help", None) or ""
+            lines.append(f"| `{_name_of(parameter)}` | {meaning} | {_default_of(parameter)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def describe_settings() -> str:
+    """Return the page of every setting with its type, default and meaning."""
+    lines = [
+        "# Settings", "", "Written by `make docs` from the code.", "",
+        "Any of these may stand in a TOML file given as `--preset FILE.toml` or be changed by `--set name=value`.",
+        "The settings of networks and objectives are on the page of [methods](methods.md).", "",
+        "| setting | type | default | meaning |", "|---|---|---|---|",
+    ]  # fmt: skip
+    return "\n".join(lines + _rows(config.Config, "")) + "\n"
+
+
+def describe_methods() -> str:
+    """Return the page of every registered method with its source and settings."""
+    lines = [
+        "# Methods",
+        "",
+        "Written by `make docs` from the first line and constructor of each method's file.",
+        "",
+    ]
+    for kind, names in registry.TABLES.items():
+        lines += [f"## {kind.capitalize()}s", "", "| name | what it is | settings |", "|---|---|---|"]
+        for name in names:
+            method = registry.describe(kind, name)
+            settings = ", ".join(f"`{key}={value}`" for key, value in method.settings.items())
+            lines.append(f"| `{name}` | {method.headline} | {settings} |")
+        lines.append("")
+    lines += ["## Presets", "", ", ".join(f"`{name}`" for name in config.preset_names()), ""]
+    return "\n".join(lines)
+
+
+PAGES = {"commands.md": describe_commands, "settings.md": describe_settings, "methods.md": describe_methods}
+
+
+def _rows(model: type[BaseModel], prefix: str) -> list[str]:
+    rows: list[str] = []
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, config.Settings):
+            rows += _rows(annotation, f"{prefix}{name}.")
+            continue
+        default = field.default if field.default is not PydanticUndefined else field.default_factory()  # pyright: ignore
+        if isinstance(default, config.MethodSettings):
+            name, default = f"{name}.name", default.name
+        rows.append(f"| `{prefix}{name}` | {_type_of(field)} | `{default}` | {field.description or ''} |")
+    return rows
+
+
+def _type_of(field: Any) -> str:
+    text = (
+        getattr(field.annotation, "__name__", None)
+        if isinstance(field.annotation, type)
+        else str(field.annotation)
+    )
+    text = str(text).replace("typing.", "").replace("Literal", "").replace("anysite.config.", "")
+    return text.replace("|", "or").replace("NoneType", "none").replace("None", "none")
+
+
+def _name_of(parameter: Any) -> str:
+    if isinstance(parameter, typer.core.TyperArgument):
+        return parameter.metavar or (parameter.name or "").upper()
+    return " / ".join([*parameter.opts, *parameter.secondary_opts])
+
+
+def _default_of(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    return "" if parameter.default in (None, False, "") else f"`{parameter.default}`"
+
+
+if __name__ == "__main__":
+    for page, write in PAGES.items():
+        (DOCS / page).write_text(write(), encoding="utf-8")
