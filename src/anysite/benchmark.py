@@ -18,6 +18,7 @@ from anysite import atomic, config
 from anysite.data.case import Dataset
 from anysite.errors import AnysiteError, ConfigError, DataError
 from anysite.evaluate import Row, evaluate, read_rows
+from anysite.metrics import METRICS
 
 Protocol = Literal["leave-one-out", "train-on-one", "pooled"]
 
@@ -34,6 +35,7 @@ class Job:
     test_domains: tuple[str, ...]
     train_domains: tuple[str, ...]
     budget_s: float | None
+    metrics: tuple[str, ...]
 
     @property
     def key(self) -> tuple[str, str, int, str, str]:
@@ -60,17 +62,22 @@ def list_jobs(
     overrides: Sequence[str] = (),
     budget_s: float | None = None,
     test_domains: Sequence[str] = (),
+    metrics: Sequence[str] = ("dice",),
 ) -> list[Job]:
     """Return the jobs of a protocol: every site left out in turn, every site alone, or all sites pooled.
 
     Args:
         test_domains: Only these sites are left out; all of them where empty.
+        metrics: Which metrics to keep rows of.
 
     Raises:
         ConfigError: an unknown protocol, method or site.
     """
     for method in methods:
         config.load(method, overrides)
+    for metric in metrics:
+        if metric not in METRICS:
+            raise ConfigError(f"no metric {metric!r}", expected=f"one of {', '.join(METRICS)}")
     for domain in test_domains:
         if domain not in dataset.domains:
             raise ConfigError(f"no site {domain!r}", expected=f"one of {', '.join(dataset.domains)}")
@@ -89,7 +96,7 @@ def list_jobs(
         )
     return [
         Job(str(dataset_path), dataset.name, method, tuple(overrides), seed, out,
-            tuple(d for d in domains if d not in out), budget_s)
+            tuple(d for d in domains if d not in out), budget_s, tuple(metrics))
         for seed in seeds for out in left_out for method in methods
     ]  # fmt: skip
 
@@ -176,7 +183,7 @@ def _score(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Row]:
         ("predict_seconds_per_case", round(predicting_s / len(cases), 3), "s"),
         ("peak_memory", round(_peak_memory_mb()), "MB"),
     ]
-    rows = [{**row, "overrides": common["overrides"]} for row in result.rows]
+    rows = [{**row, "overrides": common["overrides"]} for row in result.rows if row["metric"] in job.metrics]
     empty = {"domain": "", "split": "run", "patient": "", "case": "", "class": ""}
     return rows + [{**common, **empty, "metric": m, "value": v, "unit": u} for m, v, u in costs]
 

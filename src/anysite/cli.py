@@ -6,17 +6,19 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
 from anysite import __version__
-from anysite.errors import AnysiteError, BatchError, ConfigError
+from anysite.errors import AnysiteError, BatchError, ConfigError, FileFormatError
+
+# Click's UsageError, which Typer brings along under a name of its own.
+UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
 
 app = typer.Typer(
     name="anysite",
     help="Segmentation trained on the hospitals you have, tested on those you don't.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 1 done but some cases failed, 2 misuse or bad input, 3 interrupted and saved.",
@@ -38,12 +40,31 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
 def main() -> None:
     """Run the command line and exit with its documented code."""
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except AnysiteError as error:
-        from anysite import console
+        _fail(error)
+    except UsageError as error:
+        _fail(_explain(error))
+    except OSError as error:
+        _fail(
+            FileFormatError(
+                error.strerror or str(error),
+                where=error.filename or "",
+                fix="check the path, its permissions and the space left",
+            )
+        )
 
-        console.complain(error)
-        sys.exit(error.exit_code)
+
+def _fail(error: AnysiteError) -> NoReturn:
+    from anysite import console
+
+    console.complain(error)
+    sys.exit(error.exit_code)
+
+
+def _explain(error: Any) -> ConfigError:
+    text = " ".join(error.format_message().split())
+    return ConfigError(text, fix=f"see {error.ctx.command_path} --help" if error.ctx else "")
 
 
 def _show_version(value: bool) -> None:
@@ -199,11 +220,11 @@ def predict(
                 f"{len(cases) - len(kept)} cases were trained on and are left out (--include-training keeps them)"
             )
         cases = kept
-    cases = prediction.select_part(cases, part)
+    share = prediction.select_part(cases, part)
     plan = opened[0].plan
     described = {"name": source.name, "classes": plan.classes, "label_values": plan.label_values}
     count: dict[str, int] = {"done": 0, "skipped": 0, "failed": 0}
-    with console.case_bar(len(cases), "predicting") as advance:
+    with console.case_bar(len(share), "predicting") as advance:
         for outcome in prediction.predict(
             opened, cases, output, flips=flips, save_probabilities=save_probabilities, part=part,
             dataset=described, accelerator=accelerator,
@@ -216,7 +237,7 @@ def predict(
     )
     if count["failed"]:
         raise BatchError(
-            f"{count['failed']} of {len(cases)} cases failed",
+            f"{count['failed']} of {len(share)} cases failed",
             fix=f"the reasons are above and in {output}/predictions.json",
         )
 
@@ -271,6 +292,7 @@ def benchmark(
     test_domain: Annotated[
         list[str] | None, typer.Option(help="leave out only this site (repeatable)")
     ] = None,
+    metrics: Annotated[str, typer.Option(help="metrics to keep rows of, separated by commas")] = "dice",
     set_: Overrides = None,
     budget: Annotated[str | None, typer.Option(help="wall-clock time of each training")] = None,
     parallel: Annotated[int, typer.Option(help="jobs at once, sharing the cores")] = 1,
@@ -287,7 +309,7 @@ def benchmark(
         raise ConfigError(f"--seeds {seeds}", expected="whole numbers separated by commas") from None
     jobs = benchmarking.list_jobs(
         open_dataset(dataset), dataset, methods.split(","), numbers, protocol,  # pyright: ignore[reportArgumentType]
-        set_ or [], None if budget is None else parse_duration(budget), test_domain or [],
+        set_ or [], None if budget is None else parse_duration(budget), test_domain or [], metrics.split(","),
     )  # fmt: skip
     began, failed = time.monotonic(), 0
     waiting = benchmarking.unfinished(jobs, output)

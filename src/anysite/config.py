@@ -21,7 +21,7 @@ Range = tuple[float, float]
 class Settings(BaseModel):
     """A group of settings; an unknown name is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class MethodSettings(BaseModel):
@@ -51,6 +51,13 @@ class PlanSettings(Settings):
     )
     context_slices: int = Field(default=1, ge=0, description="neighbours on each side, as channels, for 2.5d")
     normalisation: Literal["auto", "case", "dataset", "none"] = "auto"
+
+    @field_validator("spacing", "patch_size")
+    @classmethod
+    def _check_positive(cls, numbers: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if numbers is not None and (not numbers or min(numbers) <= 0):
+            raise PydanticCustomError("positive", "positive numbers")
+        return numbers
 
 
 class AugmentSettings(Settings):
@@ -91,6 +98,13 @@ class AugmentSettings(Settings):
         if not 0 < limits[0] <= limits[1]:
             raise PydanticCustomError("range", "two positive numbers, the smaller one first")
         return limits
+
+    @field_validator("flip_axes")
+    @classmethod
+    def _check_axes(cls, axes: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if axes is not None and (len(set(axes)) < len(axes) or min(axes, default=0) < 0):
+            raise PydanticCustomError("axes", "each spatial axis at most once, counted from 0")
+        return axes
 
     @field_validator("noise_sigma", "elastic_strength")
     @classmethod
@@ -191,7 +205,8 @@ def parse(content: dict[str, Any]) -> Config:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(path, setting_names(), n=1, cutoff=0.5)
+            known = [*setting_names(), *Config.model_fields]
+            close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else "see docs/settings.md for every setting"
             raise ConfigError("unknown setting", where=path, fix=hint) from None
         message = f"{first['input']!r}"
@@ -215,16 +230,16 @@ def _read_preset(preset: str) -> dict[str, Any]:
         path = Path(preset)
         if not path.is_file():
             raise ConfigError("no such file", where=path)
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     elif preset in preset_names():
-        text = resources.files("anysite.presets").joinpath(f"{preset}.toml").read_text(encoding="utf-8")
+        content = resources.files("anysite.presets").joinpath(f"{preset}.toml").read_bytes()
     else:
         raise ConfigError(
             f"unknown preset {preset!r}", expected=f"one of {', '.join(preset_names())}, or a .toml file"
         )
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(content.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"not readable as TOML ({error})", where=preset) from None
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
@@ -34,7 +34,7 @@ def say(text: str) -> None:
 
 def complain(error: Exception) -> None:
     """Print an error as one line on standard error."""
-    errors.print(Text.assemble(("error: ", "bold red"), str(error)))
+    errors.print(Text.assemble(("error: ", "bold red"), " ".join(str(error).splitlines())))
 
 
 def as_json(content: Any) -> None:
@@ -79,7 +79,7 @@ def show_inspection(inspection: Inspection) -> None:
 def training_bar() -> Iterator[Any]:
     """Show a progress bar with loss, Dice and time left; yields the function that takes each `Progress`."""
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-    with Bar(*columns, console=errors, refresh_per_second=2) as bar:
+    with _bar(*columns) as bar:
         task = bar.add_task("", text="", total=None)
 
         def advance(progress: Progress) -> None:
@@ -109,7 +109,7 @@ def show_run(run: Run) -> None:
 def case_bar(total: int, verb: str) -> Iterator[Any]:
     """Show a progress bar over cases; yields the function to call after each with its outcome."""
     columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=errors, refresh_per_second=2) as bar:
+    with _bar(*columns) as bar:
         task = bar.add_task("", total=total)
 
         def advance(outcome: CaseOutcome | None = None) -> None:
@@ -198,6 +198,11 @@ def format_seconds(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _bar(*columns: ProgressColumn) -> Bar:
+    # In a log file a bar would be a line of noise between the errors.
+    return Bar(*columns, console=errors, refresh_per_second=2, disable=not errors.is_terminal)
 
 
 def _range(low: float, high: float) -> str:

@@ -88,7 +88,14 @@ def evaluate(
         split = manifest["cases"].get(case.id, {}).get("split", "unknown")
         place = {"domain": case.domain, "split": split, "patient": case.patient, "case": case.id}
         rows += [
-            {**common, **place, "class": s.class_name, "metric": s.metric, "value": s.value, "unit": s.unit}
+            {
+                **common,
+                **place,
+                "class": s.class_name,
+                "metric": s.metric,
+                "value": _rounded(s.value),
+                "unit": s.unit,
+            }
             for s in result
         ]
     write_rows(folder / ROWS, rows)
@@ -195,6 +202,10 @@ def _describe(manifest: dict[str, Any], dataset: Dataset) -> Row:
         "commit": first.get("commit", ""),
         "config": manifest.get("origin", ""),
     }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from anysite.augment import augment
 from anysite.config import AugmentSettings, TrainSettings
 from anysite.data.case import Case, Dataset
-from anysite.errors import AnysiteError, DataError
+from anysite.errors import AnysiteError, DataError, GeometryError
 from anysite.plan import Plan
 
 FOREGROUND_VOXELS = 4096
@@ -44,7 +44,7 @@ class PreparedCase:
     """A training case on the plan's grid.
 
     Attributes:
-        image: `(C, *S)` in half precision, which halves the memory and is finer than any scanner's noise.
+        image: `(C, *S)`, where normalised in half precision: half the memory, finer than any scanner's noise.
         foreground: For each class present, up to `FOREGROUND_VOXELS` of its voxel indices `(n, D)`.
     """
 
@@ -98,6 +98,10 @@ def prepare(case: Case, dataset: Dataset, plan: Plan, domain: int) -> PreparedCa
     try:
         image = plan.to_grid(case.image())
         label = plan.label_to_grid(dataset.class_indices(case.label(), where=case.label_path))
+        if image.shape[1:] != label.shape:
+            raise GeometryError(
+                f"a label of shape {tuple(label.shape)}", expected=f"{tuple(image.shape[1:])}"
+            )
     except AnysiteError as error:
         raise DataError(str(error), where=case.id, fix="run anysite check to list every problem") from error
     chooser = np.random.default_rng(0)
@@ -107,7 +111,9 @@ def prepare(case: Case, dataset: Dataset, plan: Plan, domain: int) -> PreparedCa
         if len(voxels):
             keep = min(len(voxels), FOREGROUND_VOXELS)
             foreground.append(voxels[chooser.choice(len(voxels), keep, replace=False)].astype(np.int32))
-    return PreparedCase(case, domain, image.half(), label, tuple(foreground))
+    # Values as they are in the file may lie beyond half precision.
+    raw = any(normalisation.kind == "none" for normalisation in plan.normalisation)
+    return PreparedCase(case, domain, image if raw else image.half(), label, tuple(foreground))
 
 
 class PatchSampler:

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Integer
+from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
@@ -114,16 +115,18 @@ class Plan(BaseModel):
 
         Values are interpolated linearly where the spacings differ and are untouched where they agree.
         """
-        oriented = native.oriented(self.axes)
-        if tuple(probabilities.shape[1:]) != oriented.shape:
+        shape = native.oriented(self.axes).shape
+        if tuple(probabilities.shape[1:]) != shape:
             mode = "bilinear" if probabilities.ndim == 3 else "trilinear"
             probabilities = F.interpolate(
-                probabilities[None].float(), size=oriented.shape, mode=mode, align_corners=False
+                probabilities[None].float(), size=shape, mode=mode, align_corners=False
             )[0]
-        placed = oriented.with_array(probabilities.float().cpu().numpy())
-        restored = placed.oriented(native.axes)
-        # The affine went through float arithmetic twice; the native one is the truth.
-        return native.with_array(np.ascontiguousarray(restored.array))
+        array = probabilities.float().cpu().numpy()
+        if native.dimension == 3:
+            # Not by the turned affine: of slices tilted by 45 degrees it may name the axes differently.
+            back = ornt_transform(axcodes2ornt(self.axes), io_orientation(native.affine))
+            array = np.moveaxis(apply_orientation(np.moveaxis(array, 0, -1), back), -1, 0)
+        return native.with_array(np.ascontiguousarray(array))
 
     def as_probabilities(self, logits: Float[Tensor, "*b"], channel: int = 1) -> Float[Tensor, "*b"]:
         """Return softmax over classes, or sigmoid for overlapping regions, along the `channel` axis."""
@@ -230,11 +233,19 @@ def learn_plan(dataset: Dataset, settings: PlanSettings, threads: int = 2) -> Pl
 
 
 def choose_patch_size(shape: Sequence[float] | np.ndarray, max_voxels: int) -> tuple[int, ...]:
-    """Return the largest patch of at most `max_voxels` that keeps the proportions of `shape`.
+    """Return a patch of at most `max_voxels` that covers `shape`, or as much of it as the limit allows.
 
-    Sizes are multiples of a power of two that lets a U-Net halve them; an axis is rounded up, so that the
-    patch covers the image where the limit allows.
+    The longest axis is shortened first, so that the patch nears a cube and short axes stay whole. Sizes are
+    rounded up to multiples of a power of two that lets a U-Net halve them.
+
+    Raises:
+        ConfigError: no patch is that small.
     """
+    smallest = _round_up(1) ** len(shape)
+    if max_voxels < smallest:
+        raise ConfigError(
+            f"{max_voxels} voxels", where="plan.max_patch_voxels", expected=f"at least {smallest}"
+        )
     size = [float(n) for n in shape]
     rounded = [_round_up(n) for n in size]
     while np.prod(rounded) > max_voxels:

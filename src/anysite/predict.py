@@ -63,10 +63,12 @@ def predict(
 
     Raises:
         DataError: two cases with one id.
-        ConfigError: a malformed part.
+        ConfigError: a malformed part, or an output folder where a mask would replace an image or label.
+        FileFormatError: the output folder cannot be written.
         RunError: runs that cannot be averaged.
     """
     _require_unique(cases)
+    _require_apart(cases, output)
     settings = run_folders[0].config.predict
     if flips is not None:
         settings = settings.model_copy(update={"flips": flips})
@@ -79,6 +81,7 @@ def predict(
     manifest |= {"anysite": __version__, "created": runs.now(), "dataset": dataset or {}}
     manifest["runs"] = [_describe_run(run) for run in run_folders]
     manifest["settings"] = settings.model_dump(mode="json")
+    _write_manifest(path, manifest)
     segmenter: Segmenter | None = None
     for case in select_part(cases, part):
         if _is_done(manifest["cases"].get(case.id), output, save_probabilities):
@@ -92,10 +95,13 @@ def predict(
             outcome = CaseOutcome(case, "done", time.monotonic() - began)
         except AnysiteError as error:
             outcome = CaseOutcome(case, "failed", time.monotonic() - began, str(error))
-            entry |= {"status": "failed", "error": _without_folders(str(error), case)}
+            entry |= {"status": "failed", "error": _without_folders(str(error), case, output)}
+            # A mask of an earlier run would pass for this one's.
+            _mask_path(case, output).unlink(missing_ok=True)
+            _probabilities_path(case, output).unlink(missing_ok=True)
         entry["seconds"] = round(outcome.seconds, 3)
         manifest["cases"][case.id] = entry
-        atomic.write_json(path, manifest)
+        _write_manifest(path, manifest)
         yield outcome
 
 
@@ -108,12 +114,19 @@ def read_manifests(folder: Path) -> dict[str, Any]:
     """Return the manifest of a prediction folder, all its parts joined.
 
     Raises:
-        FileFormatError: no manifest is there.
+        FileFormatError: no manifest is there, or it is not one.
+        DataError: the parts were written by different runs.
     """
     paths = sorted(Path(folder).glob("predictions*.json"))
     if not paths:
         raise FileFormatError(f"no {MANIFEST}", where=folder, expected="a folder written by anysite predict")
-    parts = [atomic.read_json(path) for path in paths]
+    parts = [_read_manifest(path) for path in paths]
+    if len({part.get("origin") for part in parts}) > 1:
+        raise DataError(
+            f"{', '.join(path.name for path in paths)} of different runs or settings",
+            where=folder,
+            fix="predict every part with the same runs, or delete the manifests that are out of date",
+        )
     cases = {name: entry for part in parts for name, entry in part["cases"].items()}
     return {**parts[0], "cases": cases}
 
@@ -151,11 +164,19 @@ def mask_suffix(case: Case) -> str:
 
 
 def _predict_case(segmenter: Segmenter, case: Case, output: Path, save_probabilities: bool) -> dict[str, Any]:
-    prediction: Prediction = segmenter.segment(case.image())
-    mask = output / f"{case.id}{mask_suffix(case)}"
+    image = case.image()
+    if image.array.min() == image.array.max():
+        raise DataError(
+            f"every voxel is {image.array.flat[0]:g}",
+            where=case.image_paths[0],
+            expected="contrast",
+            fix="exclude the case",
+        )
+    prediction: Prediction = segmenter.segment(image)
+    mask = _mask_path(case, output)
     files.write_label(prediction.label, mask)
     if save_probabilities:
-        write_probabilities(prediction.probabilities, output / f"{case.id}.npz")
+        write_probabilities(prediction.probabilities, _probabilities_path(case, output))
     return {"status": "done", "mask": mask.name, "sha256": atomic.sha256(mask), "error": None}
 
 
@@ -185,24 +206,62 @@ def _describe_run(run: Run) -> dict[str, Any]:
 
 def _open_manifest(path: Path, origin: str) -> dict[str, Any]:
     """Return the manifest so far, or an empty one where other runs or settings wrote it."""
-    if path.is_file():
-        content = atomic.read_json(path)
-        if (
-            isinstance(content, dict)
-            and content.get("origin") == origin
-            and isinstance(content.get("cases"), dict)
-        ):
-            return content
-    return {"origin": origin, "cases": {}}
+    content = _read_manifest(path) if path.is_file() else {}
+    return content if content.get("origin") == origin else {"origin": origin, "cases": {}}
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    content = atomic.read_json(path)
+    cases = content.get("cases") if isinstance(content, dict) else None
+    if not isinstance(cases, dict) or not all(
+        isinstance(entry, dict)
+        and {"status", "error" if entry["status"] == "failed" else "mask"} <= entry.keys()
+        for entry in cases.values()
+    ):
+        raise FileFormatError(
+            "not a manifest of predictions", where=path, fix="delete it to predict every case anew"
+        )
+    return content
+
+
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    try:
+        atomic.write_json(path, manifest)
+    except OSError as error:
+        raise FileFormatError(
+            f"cannot be written ({error.strerror})", where=path, fix="free space or choose another folder"
+        ) from error
 
 
 def _is_done(entry: dict[str, Any] | None, output: Path, save_probabilities: bool) -> bool:
     if not entry or entry.get("status") != "done":
         return False
     mask = output / entry["mask"]
-    if save_probabilities and not (output / f"{files.stem_of(mask)}.npz").is_file():
+    if save_probabilities and not mask.with_name(f"{files.stem_of(mask)}.npz").is_file():
         return False
-    return mask.is_file() and atomic.sha256(mask) == entry["sha256"]
+    return mask.is_file() and atomic.sha256(mask) == entry.get("sha256")
+
+
+def _mask_path(case: Case, output: Path) -> Path:
+    return output / f"{case.id}{mask_suffix(case)}"
+
+
+def _probabilities_path(case: Case, output: Path) -> Path:
+    return output / f"{case.id}.npz"
+
+
+def _require_apart(cases: Sequence[Case], output: Path) -> None:
+    folder = output.resolve()
+    for case in cases:
+        mask = _mask_path(case, folder)
+        labels = (case.label_path,) if case.label_path else ()
+        for path in (*case.image_paths, *labels):
+            if path.name == mask.name and path.resolve() == mask:
+                raise ConfigError(
+                    f"the mask of case {case.id!r} would replace {path.name}",
+                    where=output,
+                    fix="choose another output folder",
+                )
 
 
 def _require_unique(cases: Sequence[Case]) -> None:
@@ -216,8 +275,9 @@ def _require_unique(cases: Sequence[Case]) -> None:
         seen[case.id] = case
 
 
-def _without_folders(text: str, case: Case) -> str:
+def _without_folders(text: str, case: Case, output: Path) -> str:
     """Keep folder names, which may identify people, out of what is stored."""
+    text = text.replace(str(_mask_path(case, output)), _mask_path(case, output).name)
     for path in (*case.image_paths, *((case.label_path,) if case.label_path else ())):
         text = text.replace(str(path), path.name)
     return text

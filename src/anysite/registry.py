@@ -71,7 +71,7 @@ def find(kind: str, name: str) -> type:
         raise ConfigError(f"{kind} {name!r} cannot be imported ({error})") from error
 
 
-def build(kind: str, name: str, *arguments: Any, **settings: Any) -> Any:
+def build(kind: str, name: str, /, *arguments: Any, **settings: Any) -> Any:
     """Construct the method `name`; `settings` are the keyword arguments of its constructor.
 
     Raises:

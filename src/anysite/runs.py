@@ -17,17 +17,18 @@ from typing import Any
 
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from anysite import __version__, atomic, config
-from anysite.errors import AnysiteError, RunError
+from anysite.errors import AnysiteError, ConfigError, RunError
 from anysite.learner import build_network
 from anysite.networks import Network
 from anysite.plan import Plan
 
 CONFIG, PLAN, SPLITS, WEIGHTS = "config.json", "plan.json", "splits.json", "weights.safetensors"
 CHECKPOINT, MANIFEST, LOG = "checkpoint.safetensors", "run.json", "log.jsonl"
+SEALED = (CONFIG, PLAN, SPLITS, WEIGHTS)
 VERSIONED = ("torch", "monai", "lightning-fabric", "numpy", "nibabel", "scipy")
 
 
@@ -52,7 +53,7 @@ class Run:
             RunError: the weights do not fit the network that the configuration describes.
         """
         network = build_network(self.config, self.plan)
-        weights = load_file(self.path / WEIGHTS)
+        weights, _ = load_tensors(self.path / WEIGHTS)
         expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
         found = {name: tuple(t.shape) for name, t in weights.items()}
         if expected != found:
@@ -81,16 +82,16 @@ def open_run(path: Path) -> Run:
         raise RunError(
             "training that has not finished", where=path, fix="continue it with anysite train --resume"
         )
-    for name, digest in manifest["files"].items():
+    for name in SEALED:
         if not (path / name).is_file():
             raise RunError("no such file", where=path / name, fix="restore the run folder from its source")
-        if atomic.sha256(path / name) != digest:
+        if atomic.sha256(path / name) != manifest["files"].get(name):
             raise RunError(
                 "a file altered since training",
                 where=path / name,
                 fix="restore the run folder from its source",
             )
-    return Run(path, read_config(path), read_plan(path), atomic.read_json(path / SPLITS), manifest)
+    return Run(path, read_config(path), read_plan(path), read_splits(path), manifest)
 
 
 def is_finished(path: Path) -> bool:
@@ -99,8 +100,15 @@ def is_finished(path: Path) -> bool:
 
 
 def read_config(path: Path) -> config.Config:
-    """Read a run folder's configuration."""
-    return config.parse(_read_part(path / CONFIG))
+    """Read a run folder's configuration.
+
+    Raises:
+        RunError: it is not a configuration of this version.
+    """
+    try:
+        return config.parse(_read_part(path / CONFIG))
+    except ConfigError as error:
+        raise RunError(str(error), where=path / CONFIG) from None
 
 
 def read_plan(path: Path) -> Plan:
@@ -114,6 +122,20 @@ def read_plan(path: Path) -> Plan:
     except ValidationError as error:
         first = error.errors()[0]
         raise RunError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=path / PLAN) from None
+
+
+def read_splits(path: Path) -> dict[str, list[str]]:
+    """Read a run folder's case ids by role.
+
+    Raises:
+        RunError: it is not lists of names.
+    """
+    content = _read_part(path / SPLITS)
+    if not isinstance(content, dict) or not all(
+        isinstance(ids, list) and all(isinstance(name, str) for name in ids) for ids in content.values()
+    ):
+        raise RunError("not lists of case ids by role", where=path / SPLITS)
+    return content
 
 
 def start(
@@ -134,7 +156,7 @@ def finish(path: Path, network: Network, **facts: Any) -> None:
     save_tensors(path / WEIGHTS, network.state_dict())
     manifest = {k: v for k, v in _read_manifest(path).items() if k != "files"}
     manifest.update(facts, finished=True, finished_at=now(), versions=versions(), commit=commit())
-    manifest["files"] = {name: atomic.sha256(path / name) for name in (CONFIG, PLAN, SPLITS, WEIGHTS)}
+    manifest["files"] = {name: atomic.sha256(path / name) for name in SEALED}
     atomic.write_json(path / MANIFEST, manifest)
     (path / CHECKPOINT).unlink(missing_ok=True)
 
@@ -253,11 +275,13 @@ def _read_lock(lock: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _is_alive(pid: int) -> bool:
+def _is_alive(pid: object) -> bool:
+    if not isinstance(pid, int) or pid <= 0:
+        return True  # a lock that cannot be understood is respected
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
-    except (PermissionError, OSError, TypeError):
+    except OSError:
         return True
     return True

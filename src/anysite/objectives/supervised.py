@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int
-from monai.losses.dice import DiceCELoss
-from torch import Tensor
+from monai.losses.dice import DiceLoss
+from torch import Tensor, nn
 
 from anysite.networks import Network
 from anysite.objectives import Objective, Step
@@ -26,15 +26,15 @@ class Supervised(Objective):
         """Take the plan's regions: with them every output map is a region of its own."""
         self.regions = plan.regions
         overlapping = bool(plan.regions)
-        self.loss = DiceCELoss(
+        self.dice = DiceLoss(
             include_background=overlapping,
             to_onehot_y=not overlapping,
             softmax=not overlapping,
             sigmoid=overlapping,
             batch=True,
-            lambda_dice=self.dice_weight,
-            lambda_ce=self.cross_entropy_weight,
         )
+        # MONAI's DiceCELoss would compare overlapping regions by softmax, as if they excluded each other.
+        self.cross_entropy = nn.BCEWithLogitsLoss() if overlapping else nn.CrossEntropyLoss()
 
     def forward(self, step: Step) -> Float[Tensor, ""]:
         """Return the loss of the step's logits against its label."""
@@ -42,8 +42,13 @@ class Supervised(Objective):
 
     def compare(self, logits: Float[Tensor, "b k *s"], label: Int[Tensor, "b *s"]) -> Float[Tensor, ""]:
         """Return the loss of any logits against a label map of class indices."""
-        target = region_maps(label, self.regions) if self.regions else label[:, None]
-        return self.loss(logits.float(), target.float() if self.regions else target)
+        logits = logits.float()
+        if self.regions:
+            maps = region_maps(label, self.regions)
+            dice, cross_entropy = self.dice(logits, maps), self.cross_entropy(logits, maps)
+        else:
+            dice, cross_entropy = self.dice(logits, label[:, None]), self.cross_entropy(logits, label)
+        return self.dice_weight * dice + self.cross_entropy_weight * cross_entropy
 
 
 def region_maps(label: Int[Tensor, "b *s"], regions: tuple[tuple[int, ...], ...]) -> Float[Tensor, "b k *s"]:
