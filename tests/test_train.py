@@ -17,7 +17,9 @@ from anysite import atomic, runs
 from anysite.config import TrainSettings
 from anysite.data.case import Dataset
 from anysite.errors import DataError, InterruptedTraining, RunError, TrainingError
-from anysite.train import Progress, learning_rate, split, train
+from anysite.loop import Progress, learning_rate
+from anysite.splits import split
+from anysite.train import train
 from conftest import small_config
 
 
@@ -182,16 +184,16 @@ def test_two_processes_end_with_the_same_parameters(phantom: Dataset, tmp_path: 
         "from pathlib import Path\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from conftest import small_config\n"
-        "from anysite import runs, train\n"
+        "from anysite import loop, runs, train\n"
         "from anysite.data.layouts import open_dataset\n"
         "def digest(learner):\n"
         "    return hashlib.sha256(b''.join(t.detach().numpy().tobytes() for t in learner.state_dict().values()))\n"
-        "class Watched(train._Training):\n"
+        "class Watched(loop.Training):\n"
         "    def run(self):\n"
         "        super().run()\n"
         f"        Path({str(tmp_path)!r}, f'rank{{self.fabric.global_rank}}').write_text(\n"
         "            digest(self.learner).hexdigest() + ' ' + '/'.join(self.sampler.batch(0).case_ids))\n"
-        "train._Training = Watched\n"
+        "train.Training = Watched\n"
         f"train.train(open_dataset(Path({str(phantom.cases[0].image_paths[0].parents[2])!r})),\n"
         f"    small_config('train.devices=2', 'train.accelerator=cpu'), Path({str(tmp_path / 'run')!r}))\n"
     )

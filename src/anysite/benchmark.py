@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import resource
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from anysite import atomic, config
+from anysite import compute, config, runs
 from anysite.data.case import Dataset
 from anysite.errors import AnysiteError, ConfigError, DataError
-from anysite.evaluate import Row, evaluate, read_rows
+from anysite.evaluate import Row, evaluate, read_rows, write_rows
 from anysite.metrics import METRICS
-
-Protocol = Literal["leave-one-out", "train-on-one", "pooled"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def list_jobs(
     dataset_path: Path,
     methods: Sequence[str],
     seeds: Sequence[int],
-    protocol: Protocol,
+    protocol: str,
     overrides: Sequence[str] = (),
     budget_s: float | None = None,
     test_domains: Sequence[str] = (),
@@ -67,11 +64,12 @@ def list_jobs(
     """Return the jobs of a protocol: every site left out in turn, every site alone, or all sites pooled.
 
     Args:
+        protocol: "leave-one-out", "train-on-one" or "pooled".
         test_domains: Only these sites are left out; all of them where empty.
         metrics: Which metrics to keep rows of.
 
     Raises:
-        ConfigError: an unknown protocol, method or site.
+        ConfigError: an unknown protocol, method, metric or site, or test sites where the protocol names them.
     """
     for method in methods:
         config.load(method, overrides)
@@ -82,6 +80,8 @@ def list_jobs(
         if domain not in dataset.domains:
             raise ConfigError(f"no site {domain!r}", expected=f"one of {', '.join(dataset.domains)}")
     domains = tuple(dict.fromkeys(case.domain for case in dataset.labelled))
+    if test_domains and protocol != "leave-one-out":
+        raise ConfigError(f"test sites with protocol {protocol!r}", expected="leave-one-out")
     if protocol == "leave-one-out":
         left_out: list[tuple[str, ...]] = [(domain,) for domain in test_domains or domains]
     elif protocol == "train-on-one":
@@ -111,21 +111,19 @@ def benchmark(
         keep_runs: Folder for run folders and masks; they are deleted after scoring where it is None.
     """
     waiting = unfinished(jobs, output)
-    threads = max(1, (os.cpu_count() or 1) // parallel)
-    # Fresh processes: a forked one would inherit the parent's threads in an undefined state.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(parallel, mp_context=context, max_tasks_per_child=1) as pool:
-        futures = [pool.submit(run_job, job, threads, keep_runs) for job in waiting]
-        for future in as_completed(futures):
+    threads = max(1, compute.count_cores() // parallel)
+    with ThreadPoolExecutor(parallel) as pool:
+        for future in as_completed([pool.submit(_run_apart, job, threads, keep_runs) for job in waiting]):
             outcome = future.result()
             if outcome.rows:
-                _append(output, outcome.rows)
+                _append(output, outcome)
             yield outcome
 
 
 def unfinished(jobs: Sequence[Job], output: Path) -> list[Job]:
-    """Return the jobs whose rows are not in the file `output` yet."""
-    done = {_key_of(row) for row in read_rows(output)} if output.is_file() else set()
+    """Return the jobs whose rows are not in the file `output` yet, down to the costs, which come last."""
+    rows = read_rows(output) if output.is_file() else []
+    done = {_key_of(row) for row in rows if row.get("split") == "run"}
     return [job for job in jobs if job.key not in done]
 
 
@@ -136,6 +134,8 @@ def run_job(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
     from anysite.data.layouts import open_dataset
 
     name = "-".join(str(part).replace("/", "_") for part in (*job.key[:3], *job.test_domains))
+    if job.overrides or job.budget_s:  # a kept run of other settings must not be taken for this job's
+        name += "-" + runs.fingerprint([job.overrides, job.budget_s])
     folder = Path(keep_runs) / name if keep_runs else Path(tempfile.mkdtemp(prefix="anysite-"))
     try:
         rows = _score(job, open_dataset(Path(job.dataset_path)), folder, threads)
@@ -145,6 +145,16 @@ def run_job(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
     finally:
         if keep_runs is None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_apart(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
+    """Run one job in a process of its own, whose end by whatever cause ends no other job."""
+    # A fresh process: a forked one would inherit the parent's threads in an undefined state.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        future = process.submit(run_job, job, threads, keep_runs)
+        error = future.exception()
+        return JobOutcome(job, [], f"{type(error).__name__}: {error}") if error else future.result()
 
 
 def _score(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Row]:
@@ -168,35 +178,37 @@ def _score(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Row]:
     began = time.monotonic()
     failures = [o for o in predict([run], cases, folder / "masks") if o.status == "failed"]
     predicting_s = time.monotonic() - began
-    result = evaluate(folder / "masks", dataset, threads=threads)
+    # The splits list the sites in the order of their cases, which may differ from the job's.
+    context = {"train_domains": "+".join(job.train_domains), "overrides": " ".join(job.overrides)}
+    result = evaluate(folder / "masks", dataset, threads=threads, context=context)
     if failures or result.failed:
         raise DataError(
             f"{len(result.failed)} cases failed, such as {next(iter(result.failed.items()), '')}",
             where=job.dataset,
         )
     common = {k: result.rows[0][k] for k in ("dataset", "method", "adapt", "seed", "train_domains", "corruption",
-                                              "severity", "labels", "commit", "config")}  # fmt: skip
-    common["overrides"] = " ".join(job.overrides)
+                                              "severity", "labels", "commit", "config", "overrides")}  # fmt: skip
     costs: list[tuple[str, Any, str]] = [
         ("train_seconds", run.manifest["seconds"], "s"),
         ("train_steps", run.manifest["steps"], "1"),
         ("predict_seconds_per_case", round(predicting_s / len(cases), 3), "s"),
         ("peak_memory", round(_peak_memory_mb()), "MB"),
     ]
-    rows = [{**row, "overrides": common["overrides"]} for row in result.rows if row["metric"] in job.metrics]
+    rows = [row for row in result.rows if row["metric"] in job.metrics]
     empty = {"domain": "", "split": "run", "patient": "", "case": "", "class": ""}
     return rows + [{**common, **empty, "metric": m, "value": v, "unit": u} for m, v, u in costs]
 
 
-def _append(output: Path, rows: Sequence[Row]) -> None:
-    import json
+def _append(output: Path, outcome: JobOutcome) -> None:
+    existing = read_rows(output) if output.is_file() else []
+    # Rows of this job can be there already where a copy of the file was cut off.
+    write_rows(output, [*(row for row in existing if _key_of(row) != outcome.job.key), *outcome.rows])
 
-    existing = output.read_text(encoding="utf-8") if output.is_file() else ""
-    atomic.write_text(output, existing + "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
-
-def _key_of(row: Row) -> tuple[str, str, int, str, str]:
-    return row["dataset"], row["method"], row["seed"], row["train_domains"], row.get("overrides", "")
+def _key_of(row: Row) -> tuple[Any, ...]:
+    return *(row.get(name) for name in ("dataset", "method", "seed", "train_domains")), row.get(
+        "overrides", ""
+    )
 
 
 def _peak_memory_mb() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
@@ -40,7 +41,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
 def main() -> None:
     """Run the command line and exit with its documented code."""
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="anysite", standalone_mode=False))
     except AnysiteError as error:
         _fail(error)
     except UsageError as error:
@@ -67,10 +68,11 @@ def _explain(error: Any) -> ConfigError:
     return ConfigError(text, fix=f"see {error.ctx.command_path} --help" if error.ctx else "")
 
 
-def _show_version(value: bool) -> None:
+def _show_version(value: bool) -> bool:
     if value:
         typer.echo(f"anysite {__version__}")
         raise typer.Exit
+    return value
 
 
 @app.callback()
@@ -238,7 +240,7 @@ def predict(
     if count["failed"]:
         raise BatchError(
             f"{count['failed']} of {len(share)} cases failed",
-            fix=f"the reasons are above and in {output}/predictions.json",
+            fix=f"the reasons are above and in {prediction.manifest_path(output, part)}",
         )
 
 
@@ -262,7 +264,8 @@ def evaluate(
     )
     if result.failed:
         raise BatchError(
-            f"{len(result.failed)} cases could not be scored", fix="the reasons are above and in summary.json"
+            f"{len(result.failed)} cases could not be scored",
+            fix=f"the reasons are in {predictions / evaluation.SUMMARY}",
         )
 
 
@@ -308,7 +311,7 @@ def benchmark(
     except ValueError:
         raise ConfigError(f"--seeds {seeds}", expected="whole numbers separated by commas") from None
     jobs = benchmarking.list_jobs(
-        open_dataset(dataset), dataset, methods.split(","), numbers, protocol,  # pyright: ignore[reportArgumentType]
+        open_dataset(dataset), dataset, methods.split(","), numbers, protocol,
         set_ or [], None if budget is None else parse_duration(budget), test_domain or [], metrics.split(","),
     )  # fmt: skip
     began, failed = time.monotonic(), 0
@@ -371,7 +374,7 @@ def parse_duration(text: str) -> float:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h)?", text.strip())
     seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2] or "s"] if match else 0.0
-    if seconds <= 0:
+    if not 0 < seconds < math.inf:
         raise ConfigError(f"--budget {text}", expected="a time such as 90s, 10m or 2h")
     return seconds
 

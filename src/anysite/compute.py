@@ -11,11 +11,15 @@ import torch
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
+def count_cores() -> int:
+    """Return the number of CPU cores this process may use."""
+    # sched_getaffinity knows of limits that cpu_count does not, but not every platform has it.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_threads(count: int = 0) -> int:
     """Make PyTorch use `count` CPU threads, 0 for all cores this process may use; return the number."""
-    if not count:
-        # sched_getaffinity knows of limits that cpu_count does not, but not every platform has it.
-        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = count or count_cores()
     if torch.get_num_threads() != count:
         torch.set_num_threads(count)
     return count

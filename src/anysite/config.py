@@ -164,7 +164,7 @@ class Config(Settings):
     test_domains: tuple[str, ...] = Field(default=(), description="sites kept out of training altogether")
     network: MethodSettings = MethodSettings(name="unet")
     objectives: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: {"supervised": {}}, description="objective name to its settings"
+        default_factory=lambda: {"supervised": {}}, min_length=1, description="objective name to its settings"
     )
     plan: PlanSettings = PlanSettings()
     augment: AugmentSettings = AugmentSettings()

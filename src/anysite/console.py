@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from anysite.benchmark import JobOutcome
     from anysite.data.check import Inspection
     from anysite.evaluate import Evaluation
+    from anysite.loop import Progress
     from anysite.predict import CaseOutcome
     from anysite.runs import Run
-    from anysite.train import Progress
+    from anysite.statistics import Estimate
 
 output = Console(highlight=False)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -122,52 +123,38 @@ def case_bar(total: int, verb: str) -> Iterator[Any]:
 
 def show_evaluation(evaluation: Evaluation) -> None:
     """Print Dice by site with intervals over patients, and what could not be scored."""
-    from anysite.statistics import estimate_mean
-
     shown = {"unseen": "unseen", "in_domain": "in domain", "training": "trained on", "unknown": ""}
-    result = table(
-        "site",
-        "",
-        "patients",
-        "cases",
-        "Dice",
-        "95 % interval",
-        "IoU",
-        "HD95",
-        "surface Dice",
-        title="Mean over patients",
-    )
+    result = table("site", "", "patients", "Dice", "95 %", "HD95", "surface", title="Mean over patients")
     groups = dict.fromkeys((row["domain"], row["split"]) for row in evaluation.rows)
     for domain, split in groups:
-        rows = [
-            r
-            for r in evaluation.rows
-            if (r["domain"], r["split"]) == (domain, split) and r["value"] is not None
-        ]
-        means = {}
-        for metric in ("dice", "iou", "hd95", "surface_dice"):
-            chosen = [r for r in rows if r["metric"] == metric]
-            means[metric] = chosen and estimate_mean(
-                [r["value"] for r in chosen], [r["patient"] for r in chosen]
-            )
-        dice = means["dice"]
-        if not dice:
+        rows = [r for r in evaluation.rows if (r["domain"], r["split"]) == (domain, split)]
+        found = {
+            m: _estimate([r for r in rows if r["metric"] == m]) for m in ("dice", "hd95", "surface_dice")
+        }
+        dice, distance, surface = found.values()
+        if dice is None:
             continue
         unit = next((r["unit"] for r in rows if r["metric"] == "hd95"), "")
-        interval = "one patient" if dice.low is None else f"{100 * dice.low:.1f} to {100 * dice.high:.1f}"
         result.add_row(
-            Text(domain), shown[split], str(dice.n_patients), str(len({r["case"] for r in rows})),
-            f"{100 * dice.mean:.1f}", interval,
-            *(f"{means[m].mean * scale:.1f}{unit_text}" if means[m] else "-"
-              for m, scale, unit_text in (("iou", 100, ""), ("hd95", 1, f" {unit}"), ("surface_dice", 100, ""))),
+            Text(domain), shown[split], str(dice.n_patients), f"{100 * dice.mean:.1f}",
+            "one patient" if dice.low is None or dice.high is None else f"{100 * dice.low:.1f}-{100 * dice.high:.1f}",
+            f"{distance.mean:.1f} {unit}" if distance else "-",
+            f"{100 * surface.mean:.1f}" if surface else "-",
         )  # fmt: skip
     output.print(result)
     for case, error in evaluation.failed.items():
-        errors.print(Text.assemble(("not scored: ", "bold red"), f"{case}: {error}"))
+        errors.print(Text.assemble(("failed: ", "bold red"), f"{case}: {error}"))
     if evaluation.unpredicted:
         say(
-            f"{len(evaluation.unpredicted)} labelled cases have no mask here, such as {evaluation.unpredicted[0]}"
+            f"{len(evaluation.unpredicted)} other labelled cases have no mask here, such as {evaluation.unpredicted[0]}"
         )
+
+
+def _estimate(rows: Sequence[dict[str, Any]]) -> Estimate | None:
+    from anysite.statistics import estimate_mean
+
+    defined = [row for row in rows if row["value"] is not None]
+    return estimate_mean([r["value"] for r in defined], [r["patient"] for r in defined]) if defined else None
 
 
 def show_job(outcome: JobOutcome, number: int, total: int, seconds_left: float) -> None:

@@ -49,8 +49,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _describe_run(path: Path) -> dict[str, Any]:
-    manifest = atomic.read_json(path / "run.json")
-    plan, splits = atomic.read_json(path / "plan.json"), atomic.read_json(path / "splits.json")
+    manifest, plan, splits = (_read_object(path / f"{name}.json") for name in ("run", "plan", "splits"))
     shown = (
         "anysite",
         "dataset",
@@ -66,16 +65,20 @@ def _describe_run(path: Path) -> dict[str, Any]:
         "kind": "run",
         **{key: manifest[key] for key in shown if key in manifest},
         "cases": {role: len(ids) for role, ids in splits.items()},
-        "classes": plan["classes"],
-        "patch_size": plan["patch_size"],
-        "spacing": plan["spacing"],
-        "reasons": plan["reasons"],
+        **{key: plan.get(key) for key in ("classes", "patch_size", "spacing", "reasons")},
     }
 
 
 def _describe_predictions(path: Path) -> dict[str, Any]:
-    entries = {}
+    entries: dict[str, Any] = {}
     for part in sorted(path.glob("predictions*.json")):
-        entries |= atomic.read_json(part)["cases"]
-    states = [entry["status"] for entry in entries.values()]
+        entries |= _read_object(part).get("cases", {})
+    states = [entry.get("status", "unknown") for entry in entries.values() if isinstance(entry, dict)]
     return {"kind": "predictions", "cases": {state: states.count(state) for state in dict.fromkeys(states)}}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = atomic.read_json(path)
+    if not isinstance(content, dict):
+        raise FileFormatError("not a JSON object", where=path, fix="restore the folder from its source")
+    return content

@@ -51,9 +51,14 @@ def evaluate(
         context: Fields to add to every row, such as the method's name.
 
     Raises:
-        DataError: no labelled case of the dataset has a mask in the folder.
+        DataError: no case of the dataset has a label, or none of those has a mask in the folder.
+        FileFormatError: there is no such folder, or its manifest cannot be read.
     """
     folder = Path(predictions)
+    if not folder.is_dir():
+        raise FileFormatError("no such folder", where=folder, expected="a folder of masks named after cases")
+    if not dataset.labelled:
+        raise DataError("no case with a label", where=dataset.name, fix="score on a dataset that has labels")
     manifest = read_manifests(folder) if any(folder.glob("predictions*.json")) else {"cases": {}, "runs": []}
     common = _describe(manifest, dataset) | (context or {})
     found = [
@@ -124,12 +129,14 @@ def summarise(rows: Sequence[Row], failed: dict[str, str]) -> dict[str, Any]:
         }
         for name in ("domain", "split")
     }
+    means = {
+        c: {m: _mean([r["value"] for r in rows if (r["class"], r["metric"]) == (c, m)]) for m in metrics}
+        for c in classes
+    }
     return {
-        "foreground_mean": {m: _mean([r["value"] for r in rows if r["metric"] == m]) for m in metrics},
-        "mean": {
-            c: {m: _mean([r["value"] for r in rows if (r["class"], r["metric"]) == (c, m)]) for m in metrics}
-            for c in classes
-        },
+        # As in nnU-Net the mean of the classes' means, so that a rare class counts as much as any.
+        "foreground_mean": {m: _mean([means[c][m] for c in classes]) for m in metrics},
+        "mean": means,
         "metric_per_case": [{"case": case, "metrics": by_case[case]} for case in cases],
         "by_domain": groups["domain"],
         "by_split": groups["split"],
@@ -147,7 +154,7 @@ def read_rows(path: Path) -> list[Row]:
     """Read rows from JSON lines; a last line cut off by a crash is left out.
 
     Raises:
-        FileFormatError: the file is missing or another line is not JSON.
+        FileFormatError: the file is missing, or another line is not a JSON object.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -156,10 +163,14 @@ def read_rows(path: Path) -> list[Row]:
     rows: list[Row] = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             if number < len(lines):
                 raise FileFormatError(f"line {number} is not JSON", where=path) from None
+            continue
+        if not isinstance(row, dict):
+            raise FileFormatError(f"line {number} is not a row", where=path, expected="a JSON object")
+        rows.append(row)
     return rows
 
 
@@ -168,7 +179,9 @@ def _score_mask(case: Case, path: Path, dataset: Dataset, tolerance: float) -> l
     mask = files.read_label(path)
     if not mask.same_grid(label):
         raise GeometryError(
-            f"a mask of shape {mask.shape}", where=path, expected=f"the label's grid, shape {label.shape}"
+            f"a mask of shape {mask.shape} and spacing {_listed(mask.spacing)}",
+            where=path,
+            expected=f"the label's shape {label.shape} and spacing {_listed(label.spacing)}, at the same place",
         )
     beyond = int(mask.array.max())
     if beyond >= len(dataset.classes):
@@ -180,9 +193,9 @@ def _score_mask(case: Case, path: Path, dataset: Dataset, tolerance: float) -> l
 
 
 def _find_mask(folder: Path, case: Case, manifest: dict[str, Any]) -> Path | None:
-    entry = manifest["cases"].get(case.id)
-    if entry is not None:
-        return folder / entry["mask"] if entry["status"] == "done" else None
+    if manifest["runs"]:  # other masks that lie there are not theirs
+        entry = manifest["cases"].get(case.id, {})
+        return folder / entry["mask"] if entry.get("status") == "done" else None
     suffixes = dict.fromkeys((mask_suffix(case), *files.FORMATS))
     return next((p for suffix in suffixes if (p := folder / f"{case.id}{suffix}").is_file()), None)
 
@@ -206,6 +219,10 @@ def _describe(manifest: dict[str, Any], dataset: Dataset) -> Row:
 
 def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
+
+
+def _listed(spacing: Sequence[float]) -> str:
+    return " x ".join(f"{s:.4g}" for s in spacing)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

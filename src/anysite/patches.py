@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +62,7 @@ class PreparedCases:
     """Training cases on the plan's grid, in memory, or mapped from temporary files above a limit."""
 
     def __init__(self, dataset: Dataset, plan: Plan, domains: Sequence[str], memory_gb: float) -> None:
-        self.folder: tempfile.TemporaryDirectory[str] | None = None
+        self.folder: Path | None = None
         self.cases: list[PreparedCase] = []
         held = 0
         for index, case in enumerate(dataset.labelled):
@@ -82,8 +85,9 @@ class PreparedCases:
 
     def _move_to_disk(self, prepared: PreparedCase, index: int) -> PreparedCase:
         if self.folder is None:
-            self.folder = tempfile.TemporaryDirectory(prefix="anysite-")
-        path = Path(self.folder.name) / f"{index}.npy"
+            self.folder = Path(tempfile.mkdtemp(prefix="anysite-"))
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)  # at exit at the latest
+        path = self.folder / f"{index}.npy"
         np.save(path, prepared.image.numpy(), allow_pickle=False)
         mapped = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
         return PreparedCase(prepared.case, prepared.domain, mapped, prepared.label, prepared.foreground)
@@ -161,6 +165,19 @@ class PatchSampler:
         )
         domain = torch.tensor([case.domain for case in chosen])
         return Batch(image, label, domain, tuple(case.case.id for case in chosen))
+
+    def batches(self, steps: range, ahead: bool = True) -> Iterator[Batch]:
+        """Yield the batch of every step; with `ahead` a thread prepares the next while one is worked on."""
+        if not ahead:
+            yield from map(self.batch, steps)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            upcoming = pool.submit(self.batch, steps.start) if steps else None
+            for step in steps:
+                assert upcoming is not None
+                batch = upcoming.result()
+                upcoming = pool.submit(self.batch, step + 1) if step + 1 in steps else None
+                yield batch
 
     def _choose_case(self, chooser: np.random.Generator, step: int, position: int) -> PreparedCase:
         if self.sampling == "case":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def predict(
             continue
         segmenter = segmenter or Segmenter(run_folders, settings, accelerator)
         began = time.monotonic()
-        entry = _describe_case(case, run_folders)
+        entry = _describe_case(case, run_folders, output)
         try:
             entry |= _predict_case(segmenter, case, output, save_probabilities)
             outcome = CaseOutcome(case, "done", time.monotonic() - began)
@@ -128,7 +129,7 @@ def read_manifests(folder: Path) -> dict[str, Any]:
             fix="predict every part with the same runs, or delete the manifests that are out of date",
         )
     cases = {name: entry for part in parts for name, entry in part["cases"].items()}
-    return {**parts[0], "cases": cases}
+    return {"runs": [], **parts[0], "cases": cases}
 
 
 def write_probabilities(probabilities: Volume, path: Path) -> None:
@@ -180,17 +181,25 @@ def _predict_case(segmenter: Segmenter, case: Case, output: Path, save_probabili
     return {"status": "done", "mask": mask.name, "sha256": atomic.sha256(mask), "error": None}
 
 
-def _describe_case(case: Case, run_folders: Sequence[Run]) -> dict[str, Any]:
+def _describe_case(case: Case, run_folders: Sequence[Run], output: Path) -> dict[str, Any]:
     roles = {role for run in run_folders for role, ids in run.splits.items() if case.id in ids}
     # A case that any member of an ensemble was trained on is a training case.
     split = "training" if "training" in roles else "in_domain" if "held_out" in roles else "unseen"
     return {
-        "images": [str(path) for path in case.image_paths],
-        "label": str(case.label_path) if case.label_path else None,
+        "images": [_locate(path, output) for path in case.image_paths],
+        "label": _locate(case.label_path, output) if case.label_path else None,
         "patient": case.patient,
         "domain": case.domain,
         "split": split if roles else "unknown",
     }
+
+
+def _locate(path: Path, output: Path) -> str:
+    """Return where a file lies as seen from the prediction folder, so that both may move together."""
+    try:
+        return os.path.relpath(path, output)
+    except ValueError:  # another drive on Windows
+        return str(path.absolute())
 
 
 def _describe_run(run: Run) -> dict[str, Any]:
@@ -215,7 +224,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     cases = content.get("cases") if isinstance(content, dict) else None
     if not isinstance(cases, dict) or not all(
         isinstance(entry, dict)
-        and {"status", "error" if entry["status"] == "failed" else "mask"} <= entry.keys()
+        and entry.get("status") in ("done", "failed")
+        and ("mask" if entry["status"] == "done" else "error") in entry
         for entry in cases.values()
     ):
         raise FileFormatError(

@@ -105,8 +105,11 @@ def read_config(path: Path) -> config.Config:
     Raises:
         RunError: it is not a configuration of this version.
     """
+    content = _read_part(path / CONFIG)
+    if not isinstance(content, dict):
+        raise RunError("not a group of settings", where=path / CONFIG)
     try:
-        return config.parse(_read_part(path / CONFIG))
+        return config.parse(content)
     except ConfigError as error:
         raise RunError(str(error), where=path / CONFIG) from None
 

@@ -78,6 +78,10 @@ class Segmenter:
         network = run.network()
         return network.to(self.device, memory_format=network.memory_format)  # pyright: ignore[reportCallIssue]
 
+    def predict_grid(self, image: Float[Tensor, "c *s"]) -> list[Float[Tensor, "k *s"]]:
+        """Return each member's probabilities for an image that lies on its plan's grid already."""
+        return [self._predict(image, network, plan, config) for network, plan, config in self.members]
+
     def _predict(
         self, image: Float[Tensor, "c *s"], network: Network, plan: Plan, config: Config
     ) -> Float[Tensor, "k *s"]:

@@ -88,7 +88,7 @@ SITES = {
         texture="stripes", texture_level=0.015, texture_mm=7.0,
         spacing_mm=(3.5, 3.5, 5.0), orientation="LPS", centre_mm=(-12.0, 30.0, 45.0), scale=600.0, offset=40.0,
     ),
-    "south": Site(  # quantum noise, dark fat
+    "south": Site(  # dark fat, shell brighter than muscle, grainy
         Signal(
             air=0.02, fat=0.22, muscle=0.44, lung=0.06, liver=0.62, vessel=0.86, bowel_wall=0.50, bowel=0.78,
             crescent=0.84, shell=0.58, cavity=0.80, nodule=0.96,
@@ -97,12 +97,12 @@ SITES = {
         texture="grain", texture_level=0.02, texture_mm=5.0,
         spacing_mm=(4.4, 4.4, 3.6), orientation="LAS", centre_mm=(20.0, -8.0, -60.0), scale=2400.0, offset=-1000.0,
     ),
-    "west": Site(  # dark blood, fat bright, speckled
+    "west": Site(  # strong shading, nothing quite black, cavity darker than crescent
         Signal(
-            air=0.25, fat=0.95, muscle=0.50, lung=0.34, liver=0.62, vessel=0.66, bowel_wall=0.40, bowel=0.66,
-            crescent=0.74, shell=0.30, cavity=0.70, nodule=0.88,
+            air=0.32, fat=0.95, muscle=0.50, lung=0.38, liver=0.62, vessel=0.66, bowel_wall=0.40, bowel=0.66,
+            crescent=0.76, shell=0.30, cavity=0.66, nodule=0.90,
         ),
-        gamma=0.75, noise="speckle", noise_level=0.06, bias=0.20, blur_mm=3.5, acquired_mm=2.2,
+        gamma=0.75, noise="speckle", noise_level=0.06, bias=0.23, blur_mm=3.5, acquired_mm=2.2,
         texture="herringbone", texture_level=0.03, texture_mm=8.0,
         spacing_mm=(3.8, 3.8, 6.0), orientation="PLS", centre_mm=(5.0, 60.0, 10.0), scale=3000.0, offset=200.0,
     ),

@@ -47,7 +47,7 @@ class Supervised(Objective):
             maps = region_maps(label, self.regions)
             dice, cross_entropy = self.dice(logits, maps), self.cross_entropy(logits, maps)
         else:
-            dice, cross_entropy = self.dice(logits, label[:, None]), self.cross_entropy(logits, label)
+            dice, cross_entropy = self.dice(logits, label[:, None]), self.cross_entropy(logits, label.long())
         return self.dice_weight * dice + self.cross_entropy_weight * cross_entropy
 
 

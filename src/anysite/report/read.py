@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,9 @@ class Row(BaseModel):
 
     @field_validator("train_domains", mode="before")
     @classmethod
-    def _split_at_commas(cls, value: Any) -> Any:
+    def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
-            value = [name.strip() for name in value.split(",") if name.strip()]
+            value = [name.strip() for name in re.split(r"[,+]", value) if name.strip()]
         return tuple(sorted(value)) if isinstance(value, list) else value or ()
 
     @field_validator("value")

@@ -1,0 +1,288 @@
+"""The training loop: batches in, gradient steps, validation, checkpoints; a stop at any step loses nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from anysite import atomic, runs
+from anysite.config import Config, TrainSettings
+from anysite.data.case import Dataset
+from anysite.errors import InterruptedTraining, RunError, TrainingError
+from anysite.learner import Learner
+from anysite.patches import Batch, PatchSampler
+from anysite.plan import Plan
+from anysite.validation import prepare_validation, validate
+
+MEASURED_STEPS = 6
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training has come, for a progress bar; `note` is a warning instead."""
+
+    step: int
+    steps: int
+    loss: float
+    dice: float | None
+    seconds_left: float
+    note: str = ""
+
+
+@dataclass(eq=False)
+class Training:
+    """One process's share of a training.
+
+    Attributes:
+        circumstances: What a resumed training must share with the interrupted one to be bit-identical.
+        data: Digest of the prepared training cases; a checkpoint of other data is refused.
+        steps: How many there will be; `step` of them are done.
+        waited_s: Seconds in which the network had no batch to work on.
+    """
+
+    fabric: Fabric
+    config: Config
+    plan: Plan
+    learner: Learner
+    sampler: PatchSampler
+    held_out: Dataset
+    output: Path
+    data: str
+    circumstances: dict[str, Any]
+    on_progress: Callable[[Progress], None] = lambda progress: None
+    steps: int = 0
+    step: int = 0
+    dice: float | None = None
+    waited_s: float = 0.0
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.settings: TrainSettings = self.config.train
+        optimizer = torch.optim.AdamW(
+            self.learner.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
+        )
+        self.wrapped, self.optimizer = self.fabric.setup(self.learner, optimizer)
+        self.steps = self.settings.steps
+
+    def run(self) -> None:
+        """Train from `step` up to `steps`, validating and saving on the way.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite; the last checkpoint stays.
+            InterruptedTraining: a signal arrived; a checkpoint was saved.
+        """
+        cases = self._leads() and prepare_validation(self.held_out, self.plan, self.settings.validation_cases)
+        began, first = time.monotonic(), self.step
+        with listening() as stop, self._tensorboard() as writer:
+            for batch in self.batches():
+                values = self.take_step(batch)
+                if cases and (self.step % self.settings.validate_every == 0 or self.step == self.steps):
+                    with self.fabric.autocast():
+                        batch_size = self.config.predict.batch_size
+                        self.dice = validate(self.learner.network, cases, self.plan, batch_size)
+                    values["dice"] = self.dice
+                self._record(values, writer)
+                left_s = (self.steps - self.step) * (time.monotonic() - began) / (self.step - first)
+                self.on_progress(Progress(self.step, self.steps, values["total"], self.dice, left_s))
+                unfinished = self.step < self.steps
+                if unfinished and (stop.is_set() or self.step % self.settings.checkpoint_every == 0):
+                    self.save()
+                if unfinished and stop.is_set():
+                    raise InterruptedTraining(
+                        f"stopped after step {self.step} of {self.steps}; the state is saved",
+                        where=self.output,
+                        fix="continue with anysite train --resume",
+                    )
+        self._write_log()
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the batch of every step to come, prepared ahead; count how long the network waits for them."""
+        waiting = time.monotonic()
+        for batch in self.sampler.batches(range(self.step, self.steps), ahead=self.settings.prefetch):
+            self.waited_s += time.monotonic() - waiting
+            yield batch.to(self.fabric.device)
+            waiting = time.monotonic()
+
+    def take_step(self, batch: Batch) -> dict[str, float]:
+        """Learn from one batch, and return every loss, the gradient's norm and the learning rate.
+
+        Raises:
+            TrainingError: a loss or gradient that is not finite; the weights are left as they were.
+        """
+        # Reseeding makes dropout and objectives functions of the step too: there is no random state to save.
+        torch.manual_seed(_derive_seed(self.config.seed, self.fabric.global_rank, self.step))
+        rate = learning_rate(self.step, self.steps, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.learner.train()
+        image = batch.image.contiguous(memory_format=self.learner.network.memory_format)
+        losses: dict[str, Tensor] = self.wrapped(image, batch.label, batch.domain, self.step / self.steps)
+        values = {name: float(loss.detach()) for name, loss in losses.items()}
+        self._require_finite("loss", values["total"], batch, rate, values)
+        self.fabric.backward(losses["total"])
+        clipped = self.fabric.clip_gradients(
+            self.wrapped, self.optimizer, max_norm=self.settings.gradient_clip, error_if_nonfinite=False
+        )
+        norm = float(clipped) if clipped is not None else math.nan
+        self._require_finite("gradient norm", norm, batch, rate, values)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.learner.after_step()
+        self.step += 1
+        return values | {"gradient_norm": norm, "learning_rate": rate}
+
+    def fit_budget(self, left_s: Callable[[], float]) -> None:
+        """Choose how many steps fit, from the time of a few steps whose effects are then undone."""
+        before = {name: t.clone() for name, t in self.learner.state_dict().items()}
+        marks: list[float] = []
+        for step in range(MEASURED_STEPS):
+            self.take_step(self.sampler.batch(step).to(self.fabric.device))
+            marks.append(time.monotonic())
+        self.step = 0
+        self.learner.load_state_dict(before)
+        self.optimizer.state.clear()
+        step_s = (marks[-1] - marks[1]) / (len(marks) - 2)
+        # A tenth of what is left goes to validation, checkpoints and the final files.
+        self.steps = int(self.fabric.broadcast(torch.tensor(max(1, int(0.9 * left_s() / step_s)))))
+
+    def save(self) -> None:
+        """Write a checkpoint that `restore` continues from.
+
+        Raises:
+            RunError: it cannot be written; the former one stays.
+        """
+        if not self._leads():
+            return
+        tensors = {f"learner.{name}": t for name, t in self.learner.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items()}
+        facts = {"step": self.step, "steps": self.steps, "dice": self.dice, "data": self.data}
+        runs.save_tensors(
+            self.output / runs.CHECKPOINT, tensors, facts | {"circumstances": self.circumstances}
+        )
+        self._write_log()
+
+    def restore(self) -> None:
+        """Continue from the checkpoint.
+
+        Raises:
+            RunError: it is damaged, or belongs to other data.
+        """
+        tensors, facts = runs.load_tensors(self.output / runs.CHECKPOINT)
+        if facts["data"] != self.data:
+            raise RunError(
+                "training cases that differ from those the checkpoint was trained on",
+                where=self.output,
+                fix="restore the dataset, or start a new run",
+            )
+        former = facts["circumstances"]
+        changed = [
+            f"{k} was {former.get(k)}, is {v}" for k, v in self.circumstances.items() if former.get(k) != v
+        ]
+        if changed:
+            note = f"resumed, but not bit-identically: {'; '.join(changed)}"
+            self.on_progress(Progress(facts["step"], facts["steps"], math.nan, None, math.nan, note))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name in [name for name in tensors if name.startswith("optimizer.")]:
+            _, index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = tensors.pop(name)
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.learner.load_state_dict({name.removeprefix("learner."): t for name, t in tensors.items()})
+        self.step, self.steps, self.dice = facts["step"], facts["steps"], facts["dice"]
+        lines = (self.output / runs.LOG).read_text(encoding="utf-8").splitlines()
+        self.log = [entry for line in lines if (entry := json.loads(line))["step"] <= self.step]
+
+    def _leads(self) -> bool:
+        return self.fabric.is_global_zero
+
+    def _require_finite(
+        self, what: str, value: float, batch: Batch, rate: float, losses: dict[str, float]
+    ) -> None:
+        if math.isfinite(value):
+            return
+        terms = ", ".join(f"{name} {loss:g}" for name, loss in losses.items())
+        raise TrainingError(
+            f"{what} {value} at step {self.step + 1} (learning rate {rate:.3g}; {terms}) "
+            f"on cases {', '.join(dict.fromkeys(batch.case_ids))}",
+            where=self.output,
+            expected="finite numbers",
+            fix="check these cases with anysite check, or lower train.learning_rate; the last checkpoint is kept",
+        )
+
+    def _record(self, values: dict[str, float], writer: Any) -> None:
+        if not self._leads():
+            return
+        self.log.append({"step": self.step, **{k: float(f"{v:.6g}") for k, v in values.items()}})
+        for name, value in values.items():
+            writer.add_scalar(name, value, self.step)
+
+    def _write_log(self) -> None:
+        if self._leads():
+            text = "".join(json.dumps(entry) + "\n" for entry in self.log)
+            atomic.write_text(self.output / runs.LOG, text)
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator[Any]:
+        if not self._leads():
+            yield None
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(self.output / "tensorboard"), purge_step=self.step + 1)
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+
+def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
+    """Return the learning rate of a step: linear warm-up, then cosine, polynomial (0.9) or constant."""
+    warmup = min(settings.warmup_steps, steps // 10)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    share = (step - warmup) / max(1, steps - warmup)
+    if settings.schedule == "cosine":
+        return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+    return settings.learning_rate * ((1 - share) ** 0.9 if settings.schedule == "polynomial" else 1.0)
+
+
+@contextmanager
+def listening() -> Iterator[threading.Event]:
+    """Turn the first SIGTERM or SIGINT into an event; a second one acts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    former = {number: signal.getsignal(number) for number in numbers}
+
+    def handle(number: int, frame: object) -> None:
+        stop.set()
+        for each in numbers:
+            signal.signal(each, former[each])
+
+    for number in numbers:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number in numbers:
+            signal.signal(number, former[number])
+
+
+def _derive_seed(seed: int, rank: int, step: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{rank}/{step}".encode()).digest()[:7])

@@ -1,0 +1,58 @@
+"""Dice on held-out source patients while training: it is shown and logged, and chooses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from anysite.data.case import Dataset
+from anysite.networks import Network
+from anysite.patches import PreparedCase, prepare, slide
+from anysite.plan import Plan
+
+OVERLAP = 0.25
+
+
+def prepare_validation(held_out: Dataset, plan: Plan, count: int) -> list[PreparedCase]:
+    """Bring up to `count` held-out cases onto the grid, the sites taking turns so that all are heard.
+
+    Raises:
+        DataError: a case cannot be used.
+    """
+    by_site = [[c for c in held_out.cases if c.domain == domain] for domain in held_out.domains]
+    longest = max((len(cases) for cases in by_site), default=0)
+    ordered = [cases[i] for i in range(longest) for cases in by_site if i < len(cases)]
+    return [prepare(case, held_out, plan, 0) for case in ordered[:count]]
+
+
+def validate(network: Network, cases: Sequence[PreparedCase], plan: Plan, batch_size: int) -> float:
+    """Return the mean Dice over cases and the foreground classes they have, on the plan's grid."""
+    device = next(network.parameters()).device
+
+    def predict(windows: Tensor) -> Tensor:
+        logits = network(windows.contiguous(memory_format=network.memory_format))
+        return plan.as_probabilities(logits.float())
+
+    scores: list[float] = []
+    network.eval()
+    with torch.inference_mode():
+        for case in cases:
+            probabilities = slide(case.image.float().to(device), predict, plan, OVERLAP, batch_size)
+            scores += dice_of_maps(probabilities.cpu(), case.label, plan)
+    return sum(scores) / max(1, len(scores))
+
+
+def dice_of_maps(probabilities: Tensor, label: Tensor, plan: Plan) -> list[float]:
+    """Return Dice for every foreground class or region that the label or the prediction has."""
+    if plan.regions:
+        pairs = [
+            (p > 0.5, torch.isin(label, torch.tensor(r)))
+            for p, r in zip(probabilities, plan.regions, strict=True)
+        ]
+    else:
+        decided = probabilities.argmax(0)
+        pairs = [(decided == k, label == k) for k in range(1, len(plan.classes))]
+    sums = [(2 * int((a & b).sum()), int(a.sum()) + int(b.sum())) for a, b in pairs]
+    return [both / either for both, either in sums if either]
