@@ -13,8 +13,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "anysite"
 
 # Each layer may import the layers before it, and nothing after it.
 LAYERS = [
-    {"__init__", "errors", "compute"},
-    {"atomic", "statistics"},
+    {"__init__", "errors"},
+    {"atomic", "statistics", "compute"},
     {"registry"},
     {"config"},
     {"data", "metrics"},

@@ -8,6 +8,8 @@ import platform
 
 import torch
 
+from anysite.errors import ConfigError
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
@@ -36,10 +38,17 @@ def choose_precision(setting: str, accelerator: str = "cpu") -> str:
 
 
 def choose_accelerator(setting: str = "auto") -> str:
-    """Return "cuda" or "cpu"."""
-    if setting != "auto":
-        return setting
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Return "cuda" or "cpu"; "auto" takes a GPU where there is one.
+
+    Raises:
+        ConfigError: another name, or "cuda" without a GPU that PyTorch can use.
+    """
+    available = torch.cuda.is_available()
+    if setting not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"accelerator {setting!r}", expected="auto, cpu or cuda")
+    if setting == "cuda" and not available:
+        raise ConfigError("no GPU that PyTorch can use", where="accelerator cuda", fix="use auto or cpu")
+    return "cuda" if available and setting != "cpu" else "cpu"
 
 
 def keep_freed_memory() -> bool:

@@ -88,8 +88,9 @@ def _start(job: _Job) -> None:
         return
     splits = split(job.dataset, job.config)
     plan = learn_plan(splits.training, job.config.plan, compute.use_threads(job.config.train.threads))
-    domains = list(splits.training.domains)
-    facts = {"dataset": job.dataset.name, "train_domains": domains, **job.facts}
+    domains = splits.training.domains
+    build_learner(job.config, plan, domains)  # so that a wrong setting leaves no run folder behind
+    facts = {"dataset": job.dataset.name, "train_domains": list(domains), **job.facts}
     runs.start(job.output, job.config, plan, splits.as_ids(), **facts)
 
 

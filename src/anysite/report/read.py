@@ -66,6 +66,10 @@ class Row(BaseModel):
         return tuple(v for k, v in self if k not in ("value", "unit", "commit", "config"))
 
 
+# One record, or one for every share of a prediction that several machines made.
+MANIFESTS = "predictions*.json"
+
+
 class PredictedCase(BaseModel):
     """What `predictions.json` says of one case."""
 
@@ -126,7 +130,7 @@ def _sources_of(path: Path) -> Iterator[Source]:
     if not path.is_dir():
         yield Source(path, _read_rows(path))
         return
-    folders = sorted(found.parent for found in path.rglob("predictions.json"))
+    folders = sorted({found.parent for found in path.rglob(MANIFESTS)})
     results = [
         found
         for found in sorted(path.rglob("*.jsonl"))
@@ -146,11 +150,14 @@ def _sources_of(path: Path) -> Iterator[Source]:
 
 
 def _read_predictions(folder: Path) -> Predictions:
-    path = folder / "predictions.json"
-    try:
-        return Predictions.model_validate(atomic.read_json(path))
-    except ValidationError as error:
-        raise FileFormatError(_first(error), where=path, expected="the record of a prediction") from None
+    parts: list[Predictions] = []
+    for path in sorted(folder.glob(MANIFESTS)):
+        try:
+            parts.append(Predictions.model_validate(atomic.read_json(path)))
+        except ValidationError as error:
+            raise FileFormatError(_first(error), where=path, expected="the record of a prediction") from None
+    cases = {name: case for part in parts for name, case in part.cases.items()}
+    return parts[0].model_copy(update={"cases": cases})
 
 
 def _holds_rows(path: Path) -> bool:

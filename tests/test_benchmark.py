@@ -1,0 +1,197 @@
+"""The benchmark: which jobs a protocol means, what a job writes, and going on after failures."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anysite.benchmark import Job, JobOutcome, benchmark, list_jobs, run_job, unfinished
+from anysite.data.case import Dataset
+from anysite.data.layouts import open_dataset
+from anysite.errors import ConfigError
+from anysite.evaluate import read_rows
+from conftest import SMALL
+
+TINY = [*SMALL, "train.steps=2", "train.validation_cases=0"]
+FIELDS = {
+    *("dataset", "method", "adapt", "seed", "train_domains", "domain", "split", "patient", "case", "class"),
+    *("metric", "value", "unit", "corruption", "severity", "labels", "commit", "config", "overrides"),
+}
+COSTS = ["train_seconds", "train_steps", "predict_seconds_per_case", "peak_memory"]
+
+
+@pytest.fixture(scope="module")
+def jobs(phantom: Dataset, phantom_folder: Path) -> list[Job]:
+    return list_jobs(phantom, phantom_folder, ["baseline"], [0], "leave-one-out", TINY)
+
+
+@pytest.fixture(scope="module")
+def finished(jobs: list[Job], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[JobOutcome]]:
+    """The rows and outcomes of four jobs in processes of their own, two of which fail."""
+    output = tmp_path_factory.mktemp("benchmark") / "rows.jsonl"
+    unknown_site = replace(jobs[1], test_domains=("mars",), seed=7)
+    unforeseen = replace(jobs[1], budget_s=float("inf"), seed=8)
+    outcomes = list(benchmark([unknown_site, jobs[0], unforeseen, jobs[2]], output, parallel=2))
+    return output, outcomes
+
+
+def test_the_jobs_of_each_protocol(phantom: Dataset, tmp_path: Path) -> None:
+    def jobs(protocol, **options) -> list[tuple]:
+        listed = list_jobs(phantom, tmp_path, ["baseline"], [0, 5], protocol, **options)
+        assert len({job.key for job in listed}) == len(listed)
+        assert [job.seed for job in listed] == sorted(job.seed for job in listed)
+        return [(job.test_domains, job.train_domains) for job in listed if job.seed == 5]
+
+    assert jobs("leave-one-out") == [
+        (("north",), ("east", "west")),
+        (("east",), ("north", "west")),
+        (("west",), ("north", "east")),
+    ]
+    assert jobs("leave-one-out", test_domains=["east"]) == [(("east",), ("north", "west"))]
+    assert jobs("train-on-one") == [
+        (("east", "west"), ("north",)),
+        (("north", "west"), ("east",)),
+        (("north", "east"), ("west",)),
+    ]
+    assert jobs("pooled") == [((), ("north", "east", "west"))]
+
+
+def test_impossible_jobs_are_refused_before_anything_runs(phantom: Dataset, tmp_path: Path) -> None:
+    def refused(message: str, methods=("baseline",), protocol="leave-one-out", dataset=phantom, **options):
+        with pytest.raises(ConfigError, match=message):
+            list_jobs(dataset, tmp_path, methods, [0], protocol, **options)
+
+    refused("unknown preset 'nonesuch'", methods=["baseline", "nonesuch"])
+    refused("no site 'mars'; expected one of north, east, west", test_domains=["mars"])
+    refused("test sites with protocol 'pooled'", protocol="pooled", test_domains=["west"])
+    refused("unknown setting", overrides=["train.stps=3"])
+    refused("no metric 'accuracy'", metrics=["accuracy"])
+    alone = phantom.with_cases(c for c in phantom.cases if c.domain == "east")
+    refused("only the site 'east'.*--protocol pooled", dataset=alone)
+
+
+def test_every_row_has_every_field(finished: tuple[Path, list[JobOutcome]]) -> None:
+    rows = read_rows(finished[0])
+    assert rows
+    assert all(row.keys() == FIELDS for row in rows)
+    assert {row["metric"] for row in rows} == {"dice", *COSTS}
+    assert {(r["dataset"], r["method"], r["seed"]) for r in rows} == {("phantom", "baseline", 0)}
+    assert {r["overrides"] for r in rows} == {" ".join(TINY)}
+
+
+def test_splits_are_unseen_at_the_test_site_and_in_domain_elsewhere(
+    phantom: Dataset, finished: tuple[Path, list[JobOutcome]]
+) -> None:
+    rows = read_rows(finished[0])
+    for left_out, trained in (("north", "east+west"), ("west", "north+east")):
+        scored = [r for r in rows if r["train_domains"] == trained and r["split"] != "run"]
+        assert {r["domain"] for r in scored if r["split"] == "unseen"} == {left_out}
+        assert {r["domain"] for r in scored if r["split"] == "in_domain"} == set(trained.split("+"))
+        assert {r["split"] for r in scored} == {"unseen", "in_domain"}
+        tested = {c.id: c.patient for c in phantom.cases if c.domain == left_out}
+        assert {r["case"]: r["patient"] for r in scored if r["split"] == "unseen"} == tested
+        counts = Counter((r["case"], r["class"]) for r in scored)
+        assert set(counts.values()) == {1}
+        assert {name for _, name in counts} == set(phantom.classes[1:])
+
+
+def test_what_a_training_cost_is_kept(finished: tuple[Path, list[JobOutcome]]) -> None:
+    costs = [r for r in read_rows(finished[0]) if r["split"] == "run"]
+    assert [r["metric"] for r in costs] == COSTS * 2
+    assert all(r["case"] == r["class"] == r["domain"] == "" for r in costs)
+    assert {r["value"] for r in costs if r["metric"] == "train_steps"} == {2}
+    assert all(r["value"] > 0 for r in costs)
+    assert {r["metric"]: r["unit"] for r in costs} == dict(zip(COSTS, ("s", "1", "s", "MB"), strict=True))
+
+
+def test_a_job_that_fails_is_reported_and_the_rest_goes_on(
+    finished: tuple[Path, list[JobOutcome]],
+) -> None:
+    by_seed = {outcome.job.seed: outcome for outcome in finished[1] if outcome.error}
+    assert by_seed.keys() == {7, 8}
+    assert "no site named 'mars'" in by_seed[7].error
+    assert by_seed[8].error.startswith("OverflowError: ")
+    assert not by_seed[7].rows
+    assert sum(not outcome.error for outcome in finished[1]) == 2
+
+
+def test_finished_jobs_are_skipped_also_after_a_cut_last_line(
+    jobs: list[Job], finished: tuple[Path, list[JobOutcome]], tmp_path: Path
+) -> None:
+    output, outcomes = finished
+    assert unfinished(jobs, output) == [jobs[1]]
+    assert unfinished(jobs, tmp_path / "absent.jsonl") == jobs
+    before = output.read_bytes()
+    assert list(benchmark([jobs[0], jobs[2]], output)) == []
+    assert output.read_bytes() == before
+    assert unfinished([replace(jobs[0], overrides=("seed=9",))], output)
+    done = [outcome for outcome in outcomes if not outcome.error]
+    cut = tmp_path / "cut.jsonl"
+    lines = before.splitlines(keepends=True)
+    cut.write_bytes(b"".join(lines[: len(done[0].rows) + 3]) + lines[-1][:20])
+    assert len(read_rows(cut)) == len(done[0].rows) + 3
+    assert unfinished([o.job for o in done], cut) == [done[1].job]
+
+
+def test_a_job_done_again_replaces_what_a_cut_file_kept_of_it(
+    finished: tuple[Path, list[JobOutcome]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, outcomes = finished
+    done = {outcome.job.key: outcome for outcome in outcomes if not outcome.error}
+    monkeypatch.setattr("anysite.benchmark._run_apart", lambda job, *_: done[job.key])
+    cut = tmp_path / "cut.jsonl"
+    lines = output.read_bytes().splitlines(keepends=True)
+    cut.write_bytes(b"".join(lines[:-6]) + lines[-6][:9])
+    assert len(list(benchmark([o.job for o in done.values()], cut))) == 1
+    assert sorted(cut.read_text().splitlines()) == sorted(output.read_text().splitlines())
+
+
+def test_kept_runs_of_other_settings_are_never_taken_for_a_jobs_own(jobs: list[Job], tmp_path: Path) -> None:
+    first = run_job(jobs[0], 1, tmp_path)
+    folders = list(tmp_path.iterdir())
+    assert len(folders) == 1
+    assert {path.name for path in folders[0].iterdir()} == {"run", "masks"}
+    again = run_job(jobs[0], 1, tmp_path)
+    assert scores(again) == scores(first)
+    other = replace(jobs[0], overrides=(*jobs[0].overrides, "train.steps=3"))
+    steps = [r["value"] for r in run_job(other, 1, tmp_path).rows if r["metric"] == "train_steps"]
+    assert steps == [3]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_sites_in_another_order_are_still_the_same_job(
+    phantom: Dataset, phantom_folder: Path, tmp_path: Path
+) -> None:
+    """The key must not depend on which site's patients happen to be held out first."""
+    lines = (phantom_folder / "index.csv").read_text().splitlines()
+    shuffled = list(np.random.default_rng(3).permutation(lines[1:]))
+    rows = [line.split(",") for line in shuffled]
+    text = [",".join([*r[:3], *(str(phantom_folder / path) for path in r[3:])]) for r in rows]
+    (tmp_path / "index.csv").write_text("\n".join([lines[0], *text]) + "\n")
+    (tmp_path / "dataset.json").write_bytes((phantom_folder / "dataset.json").read_bytes())
+    dataset = open_dataset(tmp_path)
+    for seed in range(20):  # until the first case listed is one held out
+        (job,) = list_jobs(dataset, tmp_path, ["baseline"], [seed], "pooled", TINY)
+        training, _ = dataset.hold_out_patients(0.2, seed)
+        if training.domains != job.train_domains:
+            break
+    else:
+        pytest.fail("no seed changes the order of the sites")
+    outcome = run_job(job, 1, None)
+    assert not outcome.error
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in outcome.rows))
+    assert unfinished([job], tmp_path / "rows.jsonl") == []
+
+
+def test_a_job_without_a_case_to_score_says_so(jobs: list[Job]) -> None:
+    pooled = replace(jobs[0], test_domains=(), overrides=(*TINY, "train.validation_fraction=0"))
+    assert "no case is left to score" in run_job(pooled, 1, None).error
+
+
+def scores(outcome: JobOutcome) -> list[tuple]:
+    return [(r["case"], r["class"], r["value"]) for r in outcome.rows if r["split"] != "run"]

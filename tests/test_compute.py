@@ -1,0 +1,89 @@
+"""What the machine can do, as told by simulated machines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from anysite import compute
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_as_set_or_as_many_as_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compute.use_threads(2) == 2 == torch.get_num_threads()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert compute.use_threads() == 3 == torch.get_num_threads()
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert compute.use_threads(0) == 1 == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, "bf16-mixed"),
+        ({"avx512_bf16": False, "amx_bf16": True}, "bf16-mixed"),
+        ({"avx512_bf16": False, "avx512_f": True}, "32-true"),
+        ({}, "32-true"),
+    ],
+)
+def test_bfloat16_only_where_the_processor_computes_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert compute.choose_precision("auto") == expected
+    for setting in ("32-true", "bf16-mixed"):
+        assert compute.choose_precision(setting) == setting
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_bfloat16_on_a_graphics_processor_is_never_emulated(
+    monkeypatch: pytest.MonkeyPatch, native: bool, expected: str
+) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native
+    )
+    assert compute.choose_precision("auto", "cuda") == expected
+
+
+def test_the_accelerator_as_set_or_as_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for available, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert compute.choose_accelerator() == expected
+        assert compute.choose_accelerator("cpu") == "cpu"
+
+
+def test_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+
+    class Library:
+        accepts = 1
+
+        def mallopt(self, parameter: int, value: int) -> int:
+            calls.append((parameter, value))
+            return self.accepts
+
+    library = Library()
+    monkeypatch.setattr(compute.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(compute.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    assert compute.keep_freed_memory()
+    # malloc.h: M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD is -3; values are C ints.
+    assert {parameter for parameter, _ in calls} == {-1, -3}
+    assert all(2**27 <= value < 2**31 for _, value in calls)
+    library.accepts = 0
+    assert not compute.keep_freed_memory()
+    monkeypatch.setattr(compute.platform, "libc_ver", lambda: ("", ""))
+    calls.clear()
+    assert not compute.keep_freed_memory()
+    assert not calls

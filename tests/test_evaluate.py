@@ -1,0 +1,282 @@
+"""Evaluation: rows against metrics computed by hand, the summary, and masks that cannot be scored."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
+
+from anysite import predict
+from anysite.data.case import Case, Dataset
+from anysite.errors import DataError, FileFormatError
+from anysite.evaluate import ROWS, SUMMARY, evaluate, read_rows, summarise, write_rows
+from anysite.metrics import METRICS
+
+SPACING = (0.5, 2.0, 3.0)
+AFFINE = np.diag([*SPACING, 1.0])
+PLACE = {"domain": "north", "split": "unseen", "class": "organ"}
+
+
+def write_array(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if array.ndim == 2:
+        Image.fromarray(array.astype(np.uint8)).save(path)
+    else:
+        nibabel.save(nibabel.Nifti1Image(array.astype(np.uint8), affine), path)
+    return path
+
+
+def boxes(shift: int = 0) -> np.ndarray:
+    """Two classes; only the first moves with `shift`."""
+    array = np.zeros((12, 10, 8), np.uint8)
+    array[2 + shift : 6 + shift, 3:7, 2:6] = 1
+    array[9:11, 2:8, 1:7] = 2
+    return array
+
+
+def dataset_of(folder: Path, labels: dict[str, np.ndarray], **facts) -> Dataset:
+    """Write labels as files; the images are never read by an evaluation."""
+    cases = []
+    for name, array in labels.items():
+        suffix = ".png" if array.ndim == 2 else ".nii.gz"
+        path = write_array(folder / "labels" / f"{name}{suffix}", array)
+        image = folder / "images" / f"{name}{suffix}"
+        cases.append(Case(name, f"p-{name}", "north" if name < "c" else "east", (image,), path))
+    settings = {"classes": ("background", "organ", "tumour"), "label_values": (0, 1, 2)} | facts
+    return Dataset("made-up", tuple(cases), **settings)
+
+
+def manifest_of(folder: Path, entries: dict[str, dict]) -> None:
+    run = {"preset": "baseline", "seed": 3, "train_domains": ["south", "west"], "commit": "abc"}
+    content = {"origin": "0123", "runs": [run], "cases": entries}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "predictions.json").write_text(json.dumps(content))
+
+
+def done(name: str, split: str = "unseen") -> dict[str, str]:
+    return {"status": "done", "mask": f"{name}.nii.gz", "split": split}
+
+
+def by_hand(predicted: np.ndarray, true: np.ndarray) -> dict[str, Any]:
+    """Every metric, by comparing every surface voxel with every other."""
+
+    def surface(mask: np.ndarray) -> np.ndarray:
+        return np.argwhere(mask & np.logical_not(ndimage.binary_erosion(mask))) * SPACING
+
+    ours, theirs = surface(predicted), surface(true)
+    between = np.linalg.norm(ours[:, None] - theirs[None], axis=-1)
+    both = np.concatenate([between.min(1), between.min(0)])
+    overlap, either = (predicted & true).sum(), (predicted | true).sum()
+    difference = int(predicted.sum()) - int(true.sum())
+    return {
+        "dice": 2 * overlap / (predicted.sum() + true.sum()),
+        "iou": overlap / either,
+        "hd95": max(np.percentile(between.min(1), 95), np.percentile(between.min(0), 95)),
+        "assd": both.mean(),
+        "surface_dice": (both <= 2.0).mean(),
+        "volume_error": difference * np.prod(SPACING),
+        "relative_volume_error": difference / true.sum(),
+    }
+
+
+def test_rows_equal_metrics_computed_by_hand(tmp_path: Path) -> None:
+    truth, predicted = boxes(), boxes(2)
+    predicted[9] = 0  # the second class loses half
+    dataset = dataset_of(tmp_path, {"a": truth})
+    write_array(tmp_path / "masks" / "a.nii.gz", predicted)
+    manifest_of(tmp_path / "masks", {"a": done("a")})
+    result = evaluate(tmp_path / "masks", dataset, context={"overrides": "x=1"})
+    assert {(r["class"], r["metric"]) for r in result.rows} == {
+        (name, metric) for name in ("organ", "tumour") for metric in METRICS
+    }
+    for index, name in enumerate(("organ", "tumour"), start=1):
+        expected = by_hand(predicted == index, truth == index)
+        found = {r["metric"]: r["value"] for r in result.rows if r["class"] == name}
+        assert found == pytest.approx(expected, rel=1e-5)
+    units = {r["metric"]: r["unit"] for r in result.rows}
+    assert (units["dice"], units["hd95"], units["volume_error"]) == ("1", "mm", "mm3")
+    common = {
+        "dataset": "made-up",
+        "method": "baseline",
+        "adapt": "none",
+        "seed": 3,
+        "overrides": "x=1",
+        "domain": "north",
+        "split": "unseen",
+        "patient": "p-a",
+        "case": "a",
+        "corruption": "none",
+        "severity": 0,
+        "labels": "all",
+        "commit": "abc",
+        "config": "0123",
+        "train_domains": "south+west",
+    }
+    assert all(common.items() <= row.items() for row in result.rows)
+    assert read_rows(tmp_path / "masks" / ROWS) == result.rows
+
+
+def test_the_summary_has_the_keys_of_nnunet_and_the_means_by_site_and_split(tmp_path: Path) -> None:
+    empty = np.zeros_like(boxes())
+    labels = {"a": boxes(), "b": np.where(boxes() == 1, 1, 0), "c": boxes()}
+    dataset = dataset_of(tmp_path, labels)
+    for name, mask in {"a": boxes(), "b": boxes(1) * (boxes(1) == 1), "c": empty}.items():
+        write_array(tmp_path / "masks" / f"{name}.nii.gz", mask)
+    manifest_of(tmp_path / "masks", {"a": done("a", "in_domain"), "b": done("b"), "c": done("c")})
+    result = evaluate(tmp_path / "masks", dataset)
+    summary = json.loads((tmp_path / "masks" / SUMMARY).read_text())
+    assert {"foreground_mean", "mean", "metric_per_case"} <= summary.keys()
+    moved = by_hand(boxes(1) == 1, boxes() == 1)["dice"]
+    # Of the second class, "b" has neither label nor mask: undefined, and left out of every mean.
+    assert summary["mean"]["organ"]["dice"] == pytest.approx((1 + moved + 0) / 3, rel=1e-5)
+    assert summary["mean"]["tumour"]["dice"] == pytest.approx((1 + 0) / 2)
+    assert summary["foreground_mean"]["dice"] == pytest.approx(((1 + moved) / 3 + 0.5) / 2, rel=1e-5)
+    assert summary["undefined"]["dice"] == 1
+    assert [entry["case"] for entry in summary["metric_per_case"]] == ["a", "b", "c"]
+    assert summary["metric_per_case"][1]["metrics"]["tumour"] == dict.fromkeys(METRICS)
+    assert summary["by_domain"]["north"]["dice"] == pytest.approx((1 + 1 + moved) / 3, rel=1e-5)
+    assert summary["by_domain"]["east"]["dice"] == 0
+    assert summary["by_split"]["in_domain"]["dice"] == 1
+    undefined = [r for r in result.rows if r["value"] is None]
+    assert {(r["case"], r["class"]) for r in undefined} == {("b", "tumour")}
+    diagonal = float(np.linalg.norm(np.multiply(empty.shape, SPACING)))
+    hd95 = next(r["value"] for r in result.rows if (r["case"], r["metric"]) == ("c", "hd95"))
+    assert hd95 == pytest.approx(diagonal, rel=1e-5)
+
+
+def test_failed_and_unpredicted_cases_are_named(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, {name: boxes() for name in "abcd"})
+    for name in "abd":
+        write_array(tmp_path / "masks" / f"{name}.nii.gz", boxes())
+    (tmp_path / "masks" / "b.nii.gz").unlink()
+    failed = {"status": "failed", "error": "c.nii.gz: truncated", "split": "unseen"}
+    manifest_of(tmp_path / "masks", {"a": done("a"), "b": done("b"), "c": failed})
+    result = evaluate(tmp_path / "masks", dataset)
+    assert {row["case"] for row in result.rows} == {"a"}
+    assert result.failed["c"] == "c.nii.gz: truncated"
+    assert "no such file" in result.failed["b"]
+    assert result.unpredicted == ("d",)  # its mask lies there, but is not of these runs
+    assert json.loads((tmp_path / "masks" / SUMMARY).read_text())["failed"] == result.failed
+
+
+def test_masks_of_another_program_need_no_manifest(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, {"a": boxes(), "b": boxes(), "c": boxes()[0]})
+    write_array(tmp_path / "masks" / "a.nii", boxes())  # a suffix of its own
+    write_array(tmp_path / "masks" / "c.png", boxes()[0])
+    result = evaluate(tmp_path / "masks", dataset)
+    assert {(r["case"], r["split"], r["method"], r["seed"]) for r in result.rows} == {
+        ("a", "unknown", "unknown", None), ("c", "unknown", "unknown", None)
+    }  # fmt: skip
+    assert {r["unit"] for r in result.rows if r["case"] == "c"} == {"1", "px", "px2"}
+    assert result.unpredicted == ("b",)
+    assert all(r["value"] == 1 for r in result.rows if r["metric"] == "dice" and r["value"] is not None)
+
+
+def test_files_of_labels_may_use_other_values_than_masks(tmp_path: Path) -> None:
+    truth = np.zeros((9, 11), np.uint8)
+    truth[2:6, 3:8] = 255
+    dataset = dataset_of(tmp_path, {"a": truth}, classes=("background", "organ"), label_values=(0, 255))
+    write_array(tmp_path / "masks" / "a.png", truth // 255)
+    result = evaluate(tmp_path / "masks", dataset)
+    assert [r["value"] for r in result.rows if r["metric"] == "dice"] == [1.0]
+    write_array(tmp_path / "masks" / "a.png", truth)
+    result = evaluate(tmp_path / "masks", dataset)
+    assert "class index 255; expected 0 to 1" in result.failed["a"]
+
+
+@pytest.mark.parametrize(
+    ("mask", "affine", "message"),
+    [
+        (boxes()[:-1], AFFINE, r"a mask of shape \(11, 10, 8\).*expected the label's shape \(12, 10, 8\)"),
+        (boxes(), np.diag([1, 2, 3, 1.0]), r"spacing 1 x 2 x 3; expected .* spacing 0.5 x 2 x 3"),
+        (boxes(), AFFINE + np.eye(4, k=3) * 5, "at the same place"),
+        (boxes() * 2, AFFINE, r"class index 4; expected 0 to 2"),
+    ],
+    ids=["shape", "spacing", "place", "class"],
+)
+def test_masks_that_do_not_fit_are_named_and_the_rest_is_scored(
+    tmp_path: Path, mask: np.ndarray, affine: np.ndarray, message: str
+) -> None:
+    dataset = dataset_of(tmp_path, {"a": boxes(), "b": boxes()})
+    write_array(tmp_path / "masks" / "a.nii.gz", mask, affine)
+    write_array(tmp_path / "masks" / "b.nii.gz", boxes())
+    result = evaluate(tmp_path / "masks", dataset)
+    assert {row["case"] for row in result.rows} == {"b"}
+    assert re.search(rf"a\.nii\.gz: .*{message}", result.failed["a"])
+
+
+def test_regions_are_scored_instead_of_classes(tmp_path: Path) -> None:
+    facts = {"regions": ((1, 2), (2,)), "region_names": ("whole", "core"), "region_classes": (1, 2)}
+    dataset = dataset_of(tmp_path, {"a": boxes()}, **facts)
+    write_array(tmp_path / "masks" / "a.nii.gz", np.minimum(boxes(), 1))
+    result = evaluate(tmp_path / "masks", dataset)
+    dice = {r["class"]: r["value"] for r in result.rows if r["metric"] == "dice"}
+    assert dice == {"whole": 1.0, "core": 0.0}
+
+
+def test_nothing_to_score_is_an_error(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, {"a": boxes()})
+    with pytest.raises(FileFormatError, match="no such folder"):
+        evaluate(tmp_path / "masks", dataset)
+    (tmp_path / "masks").mkdir()
+    with pytest.raises(DataError, match="no mask for any labelled case; expected .* cases of made-up"):
+        evaluate(tmp_path / "masks", dataset)
+    unlabelled = dataset.with_cases(replace(case, label_path=None) for case in dataset.cases)
+    with pytest.raises(DataError, match="no case with a label"):
+        evaluate(tmp_path / "masks", unlabelled)
+    assert not list((tmp_path / "masks").iterdir())
+
+
+def test_shares_of_several_machines_are_scored_together(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, {name: boxes() for name in "ab"})
+    folder = tmp_path / "masks"
+    for number, name in enumerate("ab", start=1):
+        write_array(folder / f"{name}.nii.gz", boxes())
+        manifest_of(folder, {name: done(name)})
+        (folder / "predictions.json").rename(predict.manifest_path(folder, f"{number}/2"))
+    assert {row["case"] for row in evaluate(folder, dataset).rows} == {"a", "b"}
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.none() | st.floats(0, 1)),
+        min_size=1,
+        max_size=9,
+        unique_by=lambda pair: pair[0],
+    )
+)
+def test_undefined_values_never_count_in_means(values: list[tuple[str, float | None]]) -> None:
+    rows = [{**PLACE, "case": case, "metric": "dice", "value": value} for case, value in values]
+    summary = summarise(rows, {})
+    defined = [value for _, value in values if value is not None]
+    expected = pytest.approx(sum(defined) / len(defined)) if defined else None
+    for mean in (summary["foreground_mean"], summary["mean"]["organ"], summary["by_domain"]["north"]):
+        assert mean["dice"] == expected
+    assert summary["undefined"]["dice"] == len(values) - len(defined)
+
+
+def test_rows_survive_a_cut_last_line_and_no_other_damage(tmp_path: Path) -> None:
+    rows = [{"metric": "dice", "value": i / 7, "case": "ä\u2028b"} for i in range(3)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+    whole = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "rows.jsonl").write_text(whole[:-10])
+    assert read_rows(tmp_path / "rows.jsonl") == rows[:2]
+    for text, message in (("{\n" + whole, "line 1 is not JSON"), (whole + "3\n", "line 4 is not a row")):
+        (tmp_path / "rows.jsonl").write_text(text)
+        with pytest.raises(FileFormatError, match=message):
+            read_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(FileFormatError, match="not readable"):
+        read_rows(tmp_path / "absent.jsonl")
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_rows(tmp_path / "rows.jsonl", [{"value": float("nan")}])

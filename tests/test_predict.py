@@ -1,0 +1,303 @@
+"""Prediction: masks on the image's own grid, manifests, repeated calls, shares, failures."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+from anysite import atomic, predict, runs
+from anysite.data import files
+from anysite.data.case import Case, Dataset
+from anysite.data.layouts import open_dataset, open_images
+from anysite.data.phantom import write_phantom
+from anysite.data.volume import Volume
+from anysite.errors import ConfigError, DataError, FileFormatError
+from anysite.runs import Run
+from anysite.segment import Segmenter
+from anysite.train import train
+from conftest import small_config
+
+TURN = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
+
+
+@pytest.fixture(scope="module")
+def run(phantom: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    path = tmp_path_factory.mktemp("runs") / "run"
+    return train(phantom, small_config("test_domains=['west']", "train.learning_rate=0.01"), path)
+
+
+@pytest.fixture(scope="module")
+def other_run(phantom: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    path = tmp_path_factory.mktemp("runs") / "other"
+    return train(phantom, small_config("test_domains=['north']", "seed=1", "train.steps=1"), path)
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    folder = tmp_path_factory.mktemp("volumes") / "phantom"
+    return open_dataset(write_phantom(folder, dimension=3, patients_per_site=2, size=24, sites=("north",)))
+
+
+@pytest.fixture(scope="module")
+def volume_run(volumes: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    settings = small_config(
+        *("plan.dimension=3d", "plan.patch_size=[16, 16, 16]", "network.depth=2", "train.steps=20"),
+        *("train.learning_rate=0.01", "train.validation_fraction=0", "plan.spacing=[8.0, 8.0, 8.0]"),
+    )
+    return train(volumes, settings, tmp_path_factory.mktemp("runs") / "volumes")
+
+
+def segment(members: Sequence[Run], cases: Sequence[Case], output: Path, **options) -> dict[str, str]:
+    """Predict, and return the status of every case."""
+    return {o.case.id: o.status for o in predict.predict(members, cases, output, **options)}
+
+
+def few(phantom: Dataset, count: int = 3) -> tuple[Case, ...]:
+    return phantom.cases[:count]
+
+
+def hidden(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob(".*") if path.is_file()]
+
+
+def write_volume(volume: Volume, path: Path) -> Case:
+    nibabel.save(nibabel.Nifti1Image(volume.array[0], volume.affine), path)
+    return Case(files.stem_of(path), "p", "s", (path,))
+
+
+@pytest.mark.parametrize("axes", ["LPS", "PIR", "SAL"])
+def test_volumes_keep_shape_and_affine_and_their_orientation_does_not_matter(
+    volumes: Dataset, volume_run: Run, tmp_path: Path, axes: str
+) -> None:
+    image = volumes.cases[0].image().oriented("RAS")
+    affine = image.affine.copy()
+    affine[:3] = TURN @ affine[:3] + [[0, 0, 0, 31.5], [0, 0, 0, -7.25], [0, 0, 0, 4]]
+    upright = Volume(image.array, affine)
+    stored = [
+        write_volume(upright, tmp_path / "upright.nii"),
+        write_volume(upright.oriented(axes), tmp_path / "turned.nii.gz"),
+    ]
+    assert segment([volume_run], stored, tmp_path / "out") == {"upright": "done", "turned": "done"}
+    masks = [files.read_label(tmp_path / "out" / case.image_paths[0].name) for case in stored]
+    for case, mask in zip(stored, masks, strict=True):
+        source = nibabel.Nifti1Image.from_filename(case.image_paths[0])
+        assert mask.shape == source.shape
+        np.testing.assert_array_equal(mask.affine, source.affine)
+    assert masks[1].axes == axes
+    assert len(np.unique(masks[0].array)) > 1
+    np.testing.assert_array_equal(masks[1].oriented("RAS").array, masks[0].array)
+
+
+def test_pictures_keep_their_kind_of_file_and_jpeg_becomes_png(run: Run, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 255, (41, 67)).astype(np.uint8)  # smaller than a multiple of anything
+    for name in ("a.png", "b.jpg", "c.JPEG", "d.tif"):
+        Image.fromarray(grey).save(tmp_path / name)
+    segment([run], open_images(tmp_path), tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        *("a.png", "b.png", "c.png", "d.tif", "predictions.json")
+    ]
+    masks = [files.read_label(tmp_path / "out" / name) for name in ("a.png", "d.tif")]
+    assert masks[0].shape == (41, 67)
+    np.testing.assert_array_equal(masks[0].array, masks[1].array)
+
+
+def test_the_manifest_tells_all_and_a_second_call_skips_everything(
+    phantom: Dataset, run: Run, tmp_path: Path
+) -> None:
+    assert set(segment([run], phantom.cases, tmp_path).values()) == {"done"}
+    manifest = json.loads((tmp_path / "predictions.json").read_text())
+    assert [entry["seed"] for entry in manifest["runs"]] == [0]
+    assert manifest["runs"][0]["train_domains"] == ["north", "east"]
+    for case in phantom.cases:
+        entry = manifest["cases"][case.id]
+        assert entry["mask"] == f"{case.id}.png"
+        assert entry["sha256"] == atomic.sha256(tmp_path / entry["mask"])
+        assert (entry["patient"], entry["domain"]) == (case.patient, case.domain)
+        role = next(role for role, ids in run.splits.items() if case.id in ids)
+        assert entry["split"] == {"training": "training", "held_out": "in_domain", "test": "unseen"}[role]
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
+    assert set(segment([run], phantom.cases, tmp_path).values()) == {"skipped"}
+    assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
+    assert not hidden(tmp_path)
+
+
+def test_a_deleted_or_altered_mask_is_made_again(phantom: Dataset, run: Run, tmp_path: Path) -> None:
+    first, second, third = few(phantom)
+    segment([run], (first, second, third), tmp_path)
+    digests = {path.name: atomic.sha256(path) for path in tmp_path.glob("*.png")}
+    (tmp_path / f"{first.id}.png").unlink()
+    (tmp_path / f"{second.id}.png").write_bytes((tmp_path / f"{third.id}.png").read_bytes() + b"\0")
+    statuses = segment([run], (first, second, third), tmp_path)
+    assert list(statuses.values()) == ["done", "done", "skipped"]
+    assert digests == {path.name: atomic.sha256(path) for path in tmp_path.glob("*.png")}
+
+
+def test_other_weights_or_settings_make_everything_again(
+    phantom: Dataset, run: Run, other_run: Run, tmp_path: Path
+) -> None:
+    cases = few(phantom)
+    for members, options, expected in (
+        ([run], {}, "done"),
+        ([run], {"flips": True}, "done"),
+        ([run, other_run], {}, "done"),
+        ([other_run], {}, "done"),
+        ([other_run], {}, "skipped"),
+    ):
+        assert set(segment(members, cases, tmp_path, **options).values()) == {expected}
+    predicted = predict.read_manifests(tmp_path)
+    assert [entry["seed"] for entry in predicted["runs"]] == [1]
+    assert len(predicted["cases"]) == len(cases)
+
+
+def test_an_ensemble_averages_probabilities_and_knows_what_any_member_saw(
+    phantom: Dataset, run: Run, other_run: Run, tmp_path: Path
+) -> None:
+    segment([run, other_run], phantom.cases, tmp_path)
+    entries = predict.read_manifests(tmp_path)["cases"]
+    trained = {*run.splits["training"], *other_run.splits["training"]}
+    held_out = {*run.splits["held_out"], *other_run.splits["held_out"]} - trained
+    assert {name for name, e in entries.items() if e["split"] == "training"} == trained
+    assert {name for name, e in entries.items() if e["split"] == "in_domain"} == held_out
+    image = phantom.cases[0].image()
+    alone = [Segmenter([member]).segment(image).probabilities.array for member in (run, other_run)]
+    mean = (alone[0] + alone[1]) / 2
+    mask = files.read_label(tmp_path / f"{phantom.cases[0].id}.png")
+    np.testing.assert_array_equal(mask.array[0], mean.argmax(axis=0))
+
+
+def test_parts_are_disjoint_and_together_complete(
+    phantom: Dataset, run: Run, other_run: Run, tmp_path: Path
+) -> None:
+    cases = few(phantom, 8)
+    parts = [segment([run], cases, tmp_path, part=f"{i}/3") for i in (1, 2, 3)]
+    assert [len(part) for part in parts] == [3, 3, 2]
+    assert {*parts[0], *parts[1], *parts[2]} == {case.id for case in cases}
+    assert not (tmp_path / "predictions.json").exists()
+    joined = predict.read_manifests(tmp_path)
+    assert joined["cases"].keys() == {case.id for case in cases}
+    assert joined["runs"][0]["seed"] == 0
+    segment([other_run], cases, tmp_path, part="2/3")
+    with pytest.raises(DataError, match=r"predictions.1-of-3.json, .* of different runs"):
+        predict.read_manifests(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["", "1", "0/2", "3/2", "1/0", "-1/2", "a/b", "1/2/3"])
+def test_malformed_parts_are_refused(part: str) -> None:
+    with pytest.raises(ConfigError, match=r"--part .*; expected I/N"):
+        predict.select_part((), part)
+
+
+def test_a_case_that_fails_is_named_and_the_rest_goes_on(phantom: Dataset, run: Run, tmp_path: Path) -> None:
+    first, second, third = few(phantom)
+    damaged = tmp_path / "surname" / "damaged.png"
+    damaged.parent.mkdir()
+    damaged.write_bytes(second.image_paths[0].read_bytes()[:200])
+    output = tmp_path / "out"
+    segment([run], few(phantom), output)
+    cases = (first, replace(second, image_paths=(damaged,)), third)
+    (output / "predictions.json").unlink()
+    outcomes = list(predict.predict([run], cases, output))
+    assert [o.status for o in outcomes] == ["done", "failed", "done"]
+    assert str(damaged) in outcomes[1].error
+    entry = predict.read_manifests(output)["cases"][second.id]
+    assert (entry["status"], "mask" in entry) == ("failed", False)
+    assert entry["error"].startswith("damaged.png: not readable as a picture")
+    assert str(tmp_path) not in entry["error"]
+    assert not (output / f"{second.id}.png").exists()  # of the earlier call
+    assert segment([run], few(phantom), output)[second.id] == "done"
+
+
+def test_a_full_disk_leaves_no_partial_file(
+    phantom: Dataset, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(volume: Volume, path: Path) -> None:
+        path.write_bytes(b"half a mask")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    case = phantom.cases[0]
+    with monkeypatch.context() as patched:
+        patched.setattr("anysite.data.image2d.write_label", fill)
+        outcome = next(iter(predict.predict([run], [case], tmp_path / "out")))
+    assert outcome.status == "failed"
+    assert "No space left on device" in outcome.error
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]
+    entry = predict.read_manifests(tmp_path / "out")["cases"][case.id]
+    assert entry["status"] == "failed"
+    assert entry["error"].startswith(f"{case.id}.png: cannot be written (No space left on device)")
+    with monkeypatch.context() as patched:
+        patched.setattr("numpy.savez_compressed", lambda file, **_: fill(case.image(), Path(file.name)))
+        outcomes = predict.predict([run], [case], tmp_path / "out", save_probabilities=True)
+        assert [o.status for o in outcomes] == ["failed"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]
+
+
+def test_probabilities_come_back_and_agree_with_the_mask(phantom: Dataset, run: Run, tmp_path: Path) -> None:
+    case = phantom.cases[0]
+    assert segment([run], [case], tmp_path) == {case.id: "done"}
+    assert segment([run], [case], tmp_path, save_probabilities=True) == {
+        case.id: "done"
+    }  # the npz was missing
+    assert segment([run], [case], tmp_path, save_probabilities=True) == {case.id: "skipped"}
+    probabilities = predict.read_probabilities(tmp_path / f"{case.id}.npz")
+    mask = files.read_label(tmp_path / f"{case.id}.png").array[0]
+    assert probabilities.shape == (len(phantom.classes), *mask.shape)
+    assert np.abs(probabilities.sum(axis=0) - 1).max() < 5e-3
+    chosen = np.take_along_axis(probabilities, mask[None].astype(np.int64), axis=0)[0]
+    assert (chosen >= probabilities.max(axis=0)).all()  # half precision may tie, never contradict
+    (tmp_path / "other.npz").write_bytes(b"no archive")
+    for name in ("other.npz", "absent.npz"):
+        with pytest.raises(FileFormatError, match=r"not readable as probabilities"):
+            predict.read_probabilities(tmp_path / name)
+
+
+def test_one_identifier_for_two_cases_is_refused(phantom: Dataset, run: Run, tmp_path: Path) -> None:
+    first, second = few(phantom, 2)
+    with pytest.raises(DataError, match="two cases named"):
+        segment([run], (first, replace(second, id=first.id)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_masks_never_replace_images_or_labels(phantom: Dataset, run: Run) -> None:
+    case = phantom.cases[0]
+    assert case.label_path is not None
+    for path in (case.image_paths[0], case.label_path):
+        before = path.read_bytes()
+        with pytest.raises(ConfigError, match=f"would replace {case.id}.png"):
+            segment([run], [case], path.parent)
+        assert path.read_bytes() == before
+
+
+def test_cases_the_runs_never_heard_of_have_an_unknown_split(
+    phantom: Dataset, run: Run, tmp_path: Path
+) -> None:
+    segment([run], [replace(phantom.cases[0], id="new")], tmp_path)
+    assert predict.read_manifests(tmp_path)["cases"]["new"]["split"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"cases": {"a": 1}}', '{"cases": {"a": {"status": "done"}}}']
+)
+def test_a_file_that_is_no_manifest_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "predictions.json").write_text(content)
+    with pytest.raises(FileFormatError, match="not a manifest of predictions"):
+        predict.read_manifests(tmp_path)
+
+
+def test_without_a_manifest_there_is_nothing_to_join(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match=r"no predictions.json; expected a folder written by anysite"):
+        predict.read_manifests(tmp_path)
+
+
+def test_weights_of_another_network_are_refused(phantom: Dataset, run: Run, tmp_path: Path) -> None:
+    wider = replace(run, config=small_config("network.width=8"))
+    with pytest.raises(runs.RunError, match="tensors that do not fit"):
+        segment([wider], few(phantom), tmp_path)
