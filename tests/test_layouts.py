@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from anysite.data.layouts import find_cases, infer_classes, open_dataset, open_images
+from anysite.data.classes import infer_classes
+from anysite.data.layouts import find_cases, open_dataset, open_images
 from anysite.errors import DataError, LabelError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

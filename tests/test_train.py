@@ -16,7 +16,7 @@ from torch import Tensor
 from anysite import atomic, runs
 from anysite.config import TrainSettings
 from anysite.data.case import Dataset
-from anysite.errors import DataError, InterruptedTraining, RunError, TrainingError
+from anysite.errors import ConfigError, DataError, InterruptedTraining, RunError, TrainingError
 from anysite.loop import Progress, learning_rate
 from anysite.splits import split
 from anysite.train import train
@@ -69,6 +69,31 @@ def test_a_signal_saves_and_resuming_is_bit_identical(
     logs = [(folder / runs.LOG).read_text() for folder in (uninterrupted, tmp_path / "run")]
     assert logs[0] == logs[1]
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+
+
+def test_resuming_with_other_settings_says_that_they_are_ignored(phantom: Dataset, tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    def watch(progress: Progress) -> None:
+        notes.append(progress.note)
+        if progress.step == 2 and not progress.note:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedTraining):
+        train(phantom, small_config(), tmp_path / "run", on_progress=watch)
+    assert not any(notes)
+    other = small_config("train.learning_rate=0.5", "network.width=8")
+    run = train(phantom, other, tmp_path / "run", resume=True, on_progress=watch)
+    assert [note for note in notes if note] == [
+        "resuming with the run's own settings; ignored: network.width=8, train.learning_rate=0.5"
+    ]
+    assert run.config == small_config()
+
+
+def test_a_wrong_setting_leaves_no_run_behind(phantom: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no setting 'widht'"):
+        train(phantom, small_config("network.widht=8"), tmp_path / "run")
+    train(phantom, small_config("train.steps=1"), tmp_path / "run")
 
 
 def test_resuming_a_finished_run_changes_nothing(phantom: Dataset, uninterrupted: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from anysite import compute, config, runs
 from anysite.data.case import Dataset
-from anysite.errors import AnysiteError, ConfigError, DataError
+from anysite.errors import AnysiteError, ConfigError, DataError, InterruptedTraining
 from anysite.evaluate import Row, evaluate, read_rows, write_rows
 from anysite.metrics import METRICS
 
@@ -140,6 +140,8 @@ def run_job(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
     try:
         rows = _score(job, open_dataset(Path(job.dataset_path)), folder, threads)
         return JobOutcome(job, rows)
+    except InterruptedTraining:
+        raise
     except AnysiteError as error:
         return JobOutcome(job, [], str(error))
     finally:
@@ -154,6 +156,8 @@ def _run_apart(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
     with ProcessPoolExecutor(1, mp_context=context) as process:
         future = process.submit(run_job, job, threads, keep_runs)
         error = future.exception()
+        if isinstance(error, InterruptedTraining):
+            raise error
         return JobOutcome(job, [], f"{type(error).__name__}: {error}") if error else future.result()
 
 

@@ -213,6 +213,13 @@ def parse(content: dict[str, Any]) -> Config:
         raise ConfigError(message, where=path, expected=first["msg"].lower()) from None
 
 
+def differing_settings(asked: Config, kept: Config) -> list[str]:
+    """Return "name=value" of every setting of `asked` that `kept` does not share."""
+    former = _flatten(kept.model_dump(mode="json"))
+    settings = _flatten(asked.model_dump(mode="json"))
+    return [f"{name}={value}" for name, value in settings.items() if former.get(name) != value]
+
+
 def setting_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Return the dotted name of every setting."""
     names: list[str] = []
@@ -257,3 +264,10 @@ def _apply(content: dict[str, Any], override: str) -> None:
         if not isinstance(content, dict):
             raise ConfigError("a setting inside something that is not a group", where=name)
     content[last] = value
+
+
+def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -135,7 +135,7 @@ def _surface_distances(
 
 
 def _surface_points(mask: Bool[np.ndarray, "*s"], spacing: Sequence[float]) -> Float[np.ndarray, "n d"]:
-    return np.argwhere(mask & ~ndimage.binary_erosion(mask)) * np.asarray(spacing, float)
+    return np.argwhere(mask & np.logical_not(ndimage.binary_erosion(mask))) * np.asarray(spacing, float)
 
 
 def _check_geometry(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> None:

@@ -78,7 +78,7 @@ class PreparedCases:
         """Return a digest of what training sees of the cases, to recognise them when resuming."""
         digest = hashlib.sha256()
         for case in self.cases:
-            digest.update(case.case.id.encode())
+            digest.update(f"{case.case.domain}/{case.case.id}".encode())
             digest.update(case.image.numpy().tobytes())
             digest.update(case.label.numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -165,15 +165,7 @@ def mask_suffix(case: Case) -> str:
 
 
 def _predict_case(segmenter: Segmenter, case: Case, output: Path, save_probabilities: bool) -> dict[str, Any]:
-    image = case.image()
-    if image.array.min() == image.array.max():
-        raise DataError(
-            f"every voxel is {image.array.flat[0]:g}",
-            where=case.image_paths[0],
-            expected="contrast",
-            fix="exclude the case",
-        )
-    prediction: Prediction = segmenter.segment(image)
+    prediction: Prediction = segmenter.segment(case.image())
     mask = _mask_path(case, output)
     files.write_label(prediction.label, mask)
     if save_probabilities:

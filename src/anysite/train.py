@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from lightning_fabric import Fabric
 
 from anysite import compute, runs
-from anysite.config import Config
+from anysite.config import Config, differing_settings
 from anysite.data.case import Dataset
 from anysite.errors import ConfigError, RunError
 from anysite.learner import build_learner
@@ -81,7 +82,12 @@ def _is_finished(job: _Job) -> bool:
 def _start(job: _Job) -> None:
     """Learn the plan and write what is known before training, unless an interrupted run is there."""
     if (job.output / runs.MANIFEST).is_file():
-        if not job.resume:
+        if job.resume:
+            ignored = differing_settings(job.config, runs.read_config(job.output))
+            if ignored:
+                note = f"resuming with the run's own settings; ignored: {', '.join(ignored)}"
+                job.on_progress(Progress(0, 0, math.nan, None, math.nan, note))
+        else:
             raise RunError(
                 "a run is already there", where=job.output, fix="add --resume, or choose another --output"
             )

@@ -31,6 +31,7 @@ class Case:
         Raises:
             FileFormatError: a file cannot be read.
             GeometryError: the channels do not lie on one grid.
+            DataError: every voxel has the same value.
         """
         channels = [files.read(path) for path in self.image_paths]
         for path, channel in zip(self.image_paths, channels, strict=True):
@@ -42,7 +43,15 @@ class Case:
                     f"spacing {_rounded(channels[0].spacing)}",
                     fix="resample the channels of a case to one grid",
                 )
-        return channels[0].with_array(np.concatenate([channel.array for channel in channels]))
+        image = channels[0].with_array(np.concatenate([channel.array for channel in channels]))
+        if image.array.min() == image.array.max():
+            raise DataError(
+                f"every voxel is {image.array.flat[0]:g}",
+                where=self.image_paths[0],
+                expected="contrast",
+                fix="exclude the case",
+            )
+        return image
 
     def label(self) -> Volume:
         """Read the label map `(1, *S)` with the values stored in its file.

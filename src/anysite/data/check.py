@@ -16,7 +16,8 @@ import numpy as np
 
 from anysite.data import files
 from anysite.data.case import Case, Dataset
-from anysite.data.layouts import count_values, find_cases, infer_classes
+from anysite.data.classes import count_values, infer_classes
+from anysite.data.layouts import find_cases
 from anysite.data.volume import Volume
 from anysite.errors import DataError, FileFormatError, LabelError
 

@@ -12,12 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
-
 from anysite import atomic
 from anysite.data import files
 from anysite.data.case import Case, Dataset
+from anysite.data.classes import Declaration, count_values, declare_classes, infer_classes, read_declaration
 from anysite.errors import DataError, LabelError
 
 MANIFESTS = ("index.csv", "dataset.csv", "manifest.csv")
@@ -26,30 +24,6 @@ EXPECTED = (
     f"a CSV manifest ({', '.join(MANIFESTS)}), an nnU-Net folder (dataset.json, imagesTr, labelsTr), "
     "or <site>/images and <site>/masks"
 )
-
-
-class ListedCase(BaseModel):
-    """The files of a case named in nnU-Net's dataset.json instead of by file name."""
-
-    images: list[str]
-    label: str | None = None
-
-
-class Declaration(BaseModel):
-    """What dataset.json says of a dataset; other keys are ignored."""
-
-    model_config = ConfigDict(extra="ignore")
-    name: str = ""
-    labels: dict[str, NonNegativeInt | list[NonNegativeInt] | str] = {}
-    regions_class_order: list[NonNegativeInt] = []
-    channel_names: dict[str, str] = {}
-    modality: dict[str, str] | str = {}
-    licence: str = ""
-    license: str = ""
-    link: str = ""
-    reference: str = ""
-    file_ending: str = ""
-    dataset: dict[str, ListedCase] = {}
 
 
 def open_dataset(path: Path) -> Dataset:
@@ -121,36 +95,6 @@ def find_cases(path: Path) -> Dataset:
     return dataset
 
 
-def infer_classes(values: Collection[int], where: object = "") -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Name the classes that label `values` stand for: (classes, label values), 0 being the background.
-
-    Raises:
-        LabelError: only background, or values too far apart to be class indices.
-    """
-    found, highest = sorted(values), max(values)
-    if found == [0, 255]:
-        return ("background", "foreground"), (0, 255)
-    # Class indices leave few gaps; grey values, instance numbers and colours leave many.
-    if 1 <= highest <= 255 and len({0, *found}) > (highest + 1) / 2:
-        return ("background", *(f"class_{i}" for i in range(1, highest + 1))), tuple(range(highest + 1))
-    listing = ", ".join(map(str, found[:20])) + (f", ... ({len(found)} values)" if len(found) > 20 else "")
-    raise LabelError(
-        f"label values {listing}, and no declared classes",
-        where=where,
-        expected="0 and 255, or class indices 0, 1, 2, ... with few gaps",
-        fix='declare them in dataset.json beside the data: "labels": {"background": 0, "name": value}',
-    )
-
-
-def count_values(label: np.ndarray) -> dict[int, int]:
-    """Count the voxels of each value in a label array of non-negative integers."""
-    if label.max() < 2**20:  # counting needs no sort
-        counts = np.bincount(label.ravel())
-        return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
-    values, counts = np.unique(label, return_counts=True)
-    return dict(zip(values.tolist(), counts.tolist(), strict=True))
-
-
 def _layout(path: Path) -> Callable[[Path], Dataset] | None:
     if path.is_file():
         return _from_manifest if path.suffix.lower() == ".csv" else None
@@ -212,7 +156,7 @@ def _from_manifest(path: Path) -> Dataset:
         raise DataError(
             f"{len(twice)} case identifiers used twice: {'; '.join(twice[:10])}", where=path, fix="rename one"
         )
-    return _dataset(folder, cases, _read_declaration(folder / "dataset.json"))
+    return _dataset(folder, cases, read_declaration(folder / "dataset.json"))
 
 
 def _read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
@@ -239,7 +183,7 @@ def _read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]
 
 def _from_nnunet(path: Path) -> Dataset:
     folder, images = (path, "imagesTr") if (path / "imagesTr").is_dir() else (path.parent, path.name)
-    declaration = _read_declaration(folder / "dataset.json")
+    declaration = read_declaration(folder / "dataset.json")
     if declaration.dataset and images == "imagesTr":
         found = {
             id: (
@@ -292,7 +236,7 @@ def _from_folders(path: Path) -> Dataset:
         twice = {id for id in named if named.count(id) > 1}
         if twice:
             raise DataError(f"two cases called {', '.join(sorted(twice))}", where=path, fix="rename one")
-    return _dataset(path, cases, _read_declaration(path / "dataset.json"))
+    return _dataset(path, cases, read_declaration(path / "dataset.json"))
 
 
 def _paired(
@@ -349,17 +293,6 @@ def _sites_in(folder: Path) -> list[Path]:
     return sorted(images.parent for images in folder.glob("*/images") if images.is_dir())
 
 
-def _read_declaration(path: Path) -> Declaration:
-    if not path.is_file():
-        return Declaration()
-    try:
-        return Declaration.model_validate(atomic.read_json(path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise DataError(f"{key} is {first['input']!r}: {first['msg']}", where=path) from None
-
-
 def _dataset(folder: Path, cases: Iterable[Case], declaration: Declaration) -> Dataset:
     modality = declaration.modality or declaration.channel_names
     provenance = {
@@ -374,59 +307,7 @@ def _dataset(folder: Path, cases: Iterable[Case], declaration: Declaration) -> D
         (),
         provenance={key: value for key, value in provenance.items() if value},
     )
-    return _declare_classes(dataset, declaration, folder / "dataset.json") if declaration.labels else dataset
-
-
-def _declare_classes(dataset: Dataset, declaration: Declaration, path: Path) -> Dataset:
-    labels = declaration.labels
-    if all(isinstance(value, str) and key.isdecimal() for key, value in labels.items()):
-        labels = {
-            str(name): int(value) for value, name in labels.items()
-        }  # the Decathlon's {"0": "background"}
-    background = (
-        "background" if "background" in labels else next((n for n, v in labels.items() if v == 0), None)
-    )
-    regions = {name: value for name, value in labels.items() if name != background}
-    by_value = {
-        value[0] if isinstance(value, list) else value: name
-        for name, value in regions.items()
-        if _single(value)
-    }
-    first = labels.get(background or "")
-    if not isinstance(first, int) or any(isinstance(value, str) for value in labels.values()):
-        raise LabelError(f"labels {labels}", where=path, expected='{"background": 0, "name": 1}')
-    if "ignore" in labels:
-        raise LabelError(
-            "an ignore label", where=path, expected="a class for every voxel", fix="remap those voxels"
-        )
-    overlapping = any(isinstance(value, list) for value in regions.values())
-    members = [tuple(value) if isinstance(value, list) else (value,) for value in regions.values()]
-    values = (first, *sorted({value for region in members for value in region}))
-    if len(set(values)) < len(values) or (not overlapping and len(values) < len(labels)):
-        raise LabelError(
-            f"one value for two classes among {labels}", where=path, expected="a value for each class"
-        )
-    classes = (str(background), *(by_value.get(value, f"class_{value}") for value in values[1:]))
-    dataset = replace(dataset, classes=classes, label_values=values)
-    if not overlapping:
-        return dataset
-    order = declaration.regions_class_order
-    if len(order) != len(members) or any(c not in region for c, region in zip(order, members, strict=True)):
-        raise LabelError(
-            f"regions_class_order {order} for the regions {members}",
-            where=path,
-            expected="for each region the one of its values that it is written as, larger regions first",
-        )
-    return replace(
-        dataset,
-        regions=tuple(tuple(values.index(value) for value in region) for region in members),
-        region_names=tuple(regions),
-        region_classes=tuple(values.index(value) for value in order),
-    )
-
-
-def _single(value: int | str | list[int]) -> bool:
-    return isinstance(value, int) or (isinstance(value, list) and len(value) == 1)
+    return declare_classes(dataset, declaration, folder / "dataset.json") if declaration.labels else dataset
 
 
 def _existing(path: Path) -> Path:
