@@ -11,20 +11,27 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-from nibabel.orientations import axcodes2ornt
 from PIL import Image
 
 from anysite import atomic
 from anysite.data import files
-from anysite.data.phantom_sites import SITES, TISSUES, Site, acquire, block_means, jittered
+from anysite.data.phantom_sites import (
+    DEFAULT_SIZE,
+    FIELD_OF_VIEW_MM,
+    SITES,
+    TISSUES,
+    Site,
+    acquire,
+    block_means,
+    grid,
+    jittered,
+)
 from anysite.data.volume import Volume
 from anysite.errors import ConfigError
 
 LABELS = {"background": 0, "shell": 1, "cavity": 2, "crescent": 3, "nodule": 4}
 MISSING_NODULES = 0.15
-FIELD_OF_VIEW_MM = (192.0, 192.0, 160.0)
-DEFAULT_SIZE = {2: 128, 3: 48}
-SMALLEST_SIZE = {2: 32, 3: 24}
+SIZES = {2: (32, 1024), 3: (24, 96)}  # smaller: a structure vanishes; larger: gigabytes of memory
 
 _TISSUE = {name: index for index, name in enumerate(TISSUES)}
 _LABEL_OF_TISSUE = np.array([LABELS.get(name, 0) for name in TISSUES], np.uint8)
@@ -98,7 +105,7 @@ class Anatomy:
         side = np.pi + rng.uniform(-0.5, 0.5)
         crescent = blob(centre + towards(side, 0.8 * radius), radius * rng.uniform(0.9, 1.0))
         far = side + np.pi + rng.uniform(-0.9, 0.9)
-        nodule_radius = rng.uniform(10, 13)
+        nodule_radius = rng.uniform(10, 13) * (1.0 if dimension == 2 else 1.2)  # a ball has few voxels
         nodule = blob(centre + towards(far, radius + 0.35 * nodule_radius), nodule_radius)
         bowel = blob(centre + towards(side - rng.uniform(1.4, 2.0), radius + 34), rng.uniform(12, 17))
         neighbours = [
@@ -127,7 +134,7 @@ class Anatomy:
         depth = self.bowel.depth(points)
         tissue[inside & (depth < 1)] = _TISSUE["bowel_wall"]
         tissue[inside & (depth < 0.65)] = _TISSUE["bowel"]
-        tissue[self.crescent.depth(points) < 1] = _TISSUE["crescent"]
+        tissue[inside & (self.crescent.depth(points) < 1)] = _TISSUE["crescent"]
         depth = self.organ.depth(points)
         tissue[depth < 1] = _TISSUE["shell"]
         tissue[depth < self.cavity_share * contraction] = _TISSUE["cavity"]
@@ -164,9 +171,8 @@ def write_phantom(
         ConfigError: an argument out of range, an unknown site, or a folder with something in it.
     """
     folder = Path(folder)
-    size = DEFAULT_SIZE.get(dimension) if size is None else size
+    size = DEFAULT_SIZE.get(dimension, 0) if size is None else size
     _check(folder, dimension, patients_per_site, size, seed, sites)
-    assert size is not None
     suffix = ".png" if dimension == 2 else ".nii.gz"
     rows = []
     for name in sites:
@@ -174,9 +180,7 @@ def write_phantom(
             anatomy = Anatomy.draw(dimension, not _lacks_nodule(number, seed, name), _rng(seed, name, number))
             patient = f"{name}-{number:03d}"
             for visit in range(2 if number % 3 == 2 else 1):
-                image, label = _examine(
-                    anatomy, SITES[name], dimension, size, _rng(seed, name, number, visit)
-                )
+                image, label = examine(anatomy, SITES[name], dimension, size, _rng(seed, name, number, visit))
                 case = f"{patient}-{'ab'[visit]}"
                 image_path = f"{name}/images/{case}{suffix}"
                 label_path = f"{name}/masks/{case}{suffix}"
@@ -198,16 +202,14 @@ def write_phantom(
     return folder
 
 
-def _check(
-    folder: Path, dimension: int, patients: int, size: int | None, seed: int, sites: Sequence[str]
-) -> None:
+def _check(folder: Path, dimension: int, patients: int, size: int, seed: int, sites: Sequence[str]) -> None:
     if dimension not in (2, 3):
         raise ConfigError(f"dimension {dimension}", where="phantom", expected="2 or 3")
     if patients < 1:
         raise ConfigError(f"{patients} patients per site", where="phantom", expected="1 or more")
-    smallest = SMALLEST_SIZE[dimension]
-    if size is None or not smallest <= size <= 1024:
-        raise ConfigError(f"size {size}", where="phantom", expected=f"{smallest} to 1024")
+    smallest, largest = SIZES[dimension]
+    if not smallest <= size <= largest:
+        raise ConfigError(f"size {size}", where="phantom", expected=f"{smallest} to {largest}")
     if seed < 0:
         raise ConfigError(f"seed {seed}", where="phantom", expected="0 or more")
     for name in sites:
@@ -221,19 +223,19 @@ def _check(
         raise ConfigError("something is already there", where=folder, expected="a new or empty folder")
 
 
-def _examine(
+def examine(
     anatomy: Anatomy, site: Site, dimension: int, size: int, rng: np.random.Generator
 ) -> tuple[Volume, Volume]:
-    """Return the image and the label map of one visit of a patient."""
-    affine, shape = _grid(site, dimension, size)
-    fine = 4 if dimension == 2 else 2
+    """Return image and label map `(1, *S)` of one visit, in which the patient lies and contracts anew."""
+    affine, shape = grid(site, dimension, size)
+    fine = 3 if dimension == 2 else 2
     indices = np.stack(
         np.meshgrid(*[(np.arange(n * fine) + 0.5) / fine - 0.5 for n in shape], indexing="ij"), -1
     )
     world = indices.reshape(-1, dimension) @ affine[:-1, :-1].T + affine[:-1, -1]
-    posed = (world - _centre(site, dimension) + rng.normal(0, 4, dimension)) @ _rotation(
-        rng, dimension, 0.15, 0.1
-    )
+    centre_mm = affine[:-1] @ [*(np.array(shape) - 1) / 2, 1]
+    shifted = world - centre_mm + rng.normal(0, 4, dimension)
+    posed = shifted @ _rotation(rng, dimension, 0.15, 0.1)
     tissue = anatomy.tissue(posed, rng.uniform(0.9, 1.1)).reshape(indices.shape[:-1])
 
     label = _majority(_LABEL_OF_TISSUE[tissue], fine)
@@ -242,30 +244,8 @@ def _examine(
     if dimension == 2:
         grey = np.clip(np.rint(255 * signal), 0, 255).astype(np.uint8)
         return Volume.of_pixels(grey[None]), Volume.of_pixels(label[None])
-    raw = np.clip(np.rint(site.offset + site.scale * signal), -4096, 4095).astype(np.int16)
+    raw = np.clip(np.rint(site.offset + site.scale * signal), -1024, 4095).astype(np.int16)
     return Volume(raw[None], affine), Volume(label[None], affine)
-
-
-def _grid(site: Site, dimension: int, size: int) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Return the affine from voxel index to mm, and the shape, that cover the field of view."""
-    if dimension == 2:
-        spacing = np.full(2, FIELD_OF_VIEW_MM[0] / size)
-        axes = np.array([[0.0, 1.0], [1.0, 0.0]])  # rows run along y
-    else:
-        spacing = np.array(site.spacing_mm) * DEFAULT_SIZE[3] / size
-        world_axis, sign = axcodes2ornt(site.orientation).astype(int).T
-        axes = np.zeros((3, 3))
-        axes[world_axis, range(3)] = sign
-    extent = np.abs(axes).T @ np.array(FIELD_OF_VIEW_MM)[:dimension]
-    shape = np.rint(extent / spacing)
-    affine = np.eye(dimension + 1)
-    affine[:-1, :-1] = axes * spacing
-    affine[:-1, -1] = _centre(site, dimension) - affine[:-1, :-1] @ ((shape - 1) / 2)
-    return affine, tuple(int(n) for n in shape)
-
-
-def _centre(site: Site, dimension: int) -> np.ndarray:
-    return np.zeros(2) if dimension == 2 else np.array(site.centre_mm)
 
 
 def _majority(fine_label: np.ndarray, fine: int) -> np.ndarray:

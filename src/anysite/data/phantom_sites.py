@@ -6,10 +6,14 @@ from dataclasses import astuple, dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
+from nibabel.orientations import axcodes2ornt
 from scipy import ndimage
 
 Noise = Literal["gaussian", "rician", "speckle", "poisson"]
 Texture = Literal["none", "stripes", "herringbone", "grain"]
+
+FIELD_OF_VIEW_MM = (192.0, 192.0, 160.0)
+DEFAULT_SIZE = {2: 128, 3: 48}
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ SITES = {
             air=0.32, fat=0.95, muscle=0.50, lung=0.38, liver=0.62, vessel=0.66, bowel_wall=0.40, bowel=0.66,
             crescent=0.76, shell=0.30, cavity=0.66, nodule=0.90,
         ),
-        gamma=0.75, noise="speckle", noise_level=0.06, bias=0.23, blur_mm=3.5, acquired_mm=2.2,
+        gamma=0.75, noise="speckle", noise_level=0.06, bias=0.21, blur_mm=3.5, acquired_mm=2.2,
         texture="herringbone", texture_level=0.03, texture_mm=8.0,
         spacing_mm=(3.8, 3.8, 6.0), orientation="PLS", centre_mm=(5.0, 60.0, 10.0), scale=3000.0, offset=200.0,
     ),
@@ -122,6 +126,28 @@ def jittered(site: Site, rng: np.random.Generator) -> Site:
         blur_mm=site.blur_mm * float(blur),
         texture_level=site.texture_level * float(texture),
     )
+
+
+def grid(site: Site, dimension: int, size: int) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Return the affine from voxel index to mm, and the shape, that cover the field of view at the site.
+
+    Pictures have `size` rows and columns, the rows along y; volumes have the site's spacing and
+    orientation where `size` is the default one, and a spacing scaled by default / size elsewhere.
+    """
+    field_mm = np.array(FIELD_OF_VIEW_MM)[:dimension]
+    if dimension == 2:
+        axes, centre_mm = np.array([[0.0, 1.0], [1.0, 0.0]]), np.zeros(2)
+        spacing = field_mm / size
+    else:
+        axes, centre_mm = np.zeros((3, 3)), np.array(site.centre_mm)
+        world_axis, sign = axcodes2ornt(site.orientation).astype(int).T
+        axes[world_axis, range(3)] = sign
+        spacing = np.array(site.spacing_mm) * DEFAULT_SIZE[3] / size
+    shape = np.rint(np.abs(axes).T @ field_mm / spacing)
+    affine = np.eye(dimension + 1)
+    affine[:-1, :-1] = axes * spacing
+    affine[:-1, -1] = centre_mm - affine[:-1, :-1] @ ((shape - 1) / 2)
+    return affine, tuple(int(n) for n in shape)
 
 
 def acquire(
