@@ -1,4 +1,4 @@
-"""Training steps a second of anysite beside a plain MONAI loop, in one process, taking turns.
+"""Training steps a second of anysite beside a plain MONAI loop, taking turns.
 
 Run as `python benchmarks/train_step.py [--rounds 4] [--steps 6] [--output benchmarks/train_step.json]`. Both sides
 train the same network from the same patch size, batch size and optimizer on the phantom, from files already read:
@@ -13,9 +13,7 @@ import argparse
 import itertools
 import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import monai.transforms as mt
@@ -25,13 +23,13 @@ from monai.data.dataset import CacheDataset
 from monai.losses.dice import DiceCELoss
 
 from anysite import atomic, compute, config, runs
-from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
 from anysite.learner import build_network
 from anysite.plan import Plan, learn_plan
 from anysite.splits import split
 from anysite.train import build_training, start_fabric
+from side_by_side import Advance, taking_turns
 
 KEYS = ["image", "label"]
 SETTINGS = {
@@ -60,85 +58,92 @@ def monai_transforms(plan: Plan) -> mt.Compose:
             mt.RandGaussianSmoothd("image", prob=0.2),
             mt.RandScaleIntensityd("image", factors=0.3, prob=0.3),
             mt.RandAdjustContrastd("image", prob=0.3, gamma=(0.7, 1.5)),
-            mt.RandSimulateLowResolutiond("image", prob=0.25),
+            mt.RandSimulateLowResolutiond(
+                "image", prob=0.25, upsample_mode="bilinear" if len(size) == 2 else "trilinear"
+            ),
         ]
     )  # fmt: skip
 
 
-def monai_loop(
-    plan: Plan, settings: config.Config, files: list[dict[str, str]], workers: int
-) -> Iterator[None]:
-    """Train one step each time the iterator is advanced."""
+def prepare_monai(folder: Path, workers: int) -> Advance:
+    """Return a function that takes one step of the MONAI loop."""
+    warnings.simplefilter("ignore")
+    compute.use_threads()
+    settings, plan = runs.read_config(folder / "run"), runs.read_plan(folder / "run")
+    dataset = open_dataset(folder / "phantom")
+    files = [{"image": str(c.image_paths[0]), "label": str(c.label_path)} for c in dataset.labelled]
     network = build_network(settings, plan)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     loss_of = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False, batch=True)
     cached = CacheDataset(files, monai_transforms(plan), cache_rate=1.0, progress=False)
-    batch_size = settings.train.batch_size
     loader = DataLoader(
-        cached,
-        batch_size=batch_size,
-        shuffle=True,
-        num_workers=workers,
-        drop_last=True,
+        cached, batch_size=settings.train.batch_size, shuffle=True, num_workers=workers, drop_last=True,
         persistent_workers=workers > 0,
-    )
-    for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
+    )  # fmt: skip
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+
+    def advance() -> None:
+        batch = next(batches)
         optimizer.zero_grad()
         loss = loss_of(network(batch["image"].as_tensor()), batch["label"].as_tensor())
         loss.backward()
         optimizer.step()
-        yield
+
+    return advance
 
 
-def anysite_loop(dataset: Dataset, settings: config.Config, plan: Plan, folder: Path) -> Iterator[float]:
-    """Train one step each time the iterator is advanced, and yield the seconds the network waited for it."""
+def prepare_anysite(folder: Path) -> Advance:
+    """Return a function that takes one step of anysite's loop, and returns the seconds waited so far."""
+    compute.use_threads()
     compute.keep_freed_memory()
-    runs.start(folder, settings, plan, split(dataset, settings).as_ids())
-    training = build_training(start_fabric(settings), dataset, settings, folder)
-    for batch in training.batches():
-        training.take_step(batch)
-        yield training.waited_s
+    settings = runs.read_config(folder / "run")
+    training = build_training(
+        start_fabric(settings), open_dataset(folder / "phantom"), settings, folder / "run"
+    )
+    batches = training.batches()
 
+    def advance() -> float:
+        training.take_step(next(batches))
+        return training.waited_s
 
-def seconds_a_step(advance: Callable[[], object], steps: int) -> float:
-    """Return the mean seconds of a few calls."""
-    began = time.perf_counter()
-    for _ in range(steps):
-        advance()
-    return (time.perf_counter() - began) / steps
+    return advance
 
 
 def compare(dimension: int, rounds: int, steps: int) -> dict[str, float | int | str]:
     """Return seconds a step of both sides, their ratio, and how long the network waited for batches."""
     with tempfile.TemporaryDirectory() as name:
-        folder = write_phantom(Path(name) / "phantom", dimension=dimension, size=192 if dimension == 2 else 72,
-                               patients_per_site=4)  # fmt: skip
-        dataset = open_dataset(folder)
+        folder = Path(name)
+        size = 192 if dimension == 2 else 72
+        dataset = open_dataset(
+            write_phantom(folder / "phantom", dimension=dimension, size=size, patients_per_site=4)
+        )
         settings = config.load("baseline", [*SETTINGS[dimension], "train.steps=100000"])
         plan = learn_plan(dataset, settings.plan)
-        files = [{"image": str(c.image_paths[0]), "label": str(c.label_path)} for c in dataset.labelled]
-        ours = anysite_loop(dataset, settings, plan, Path(name) / "run")
-        sides: dict[str, Callable[[], object]] = {"anysite": lambda: next(ours)}
-        for workers in (0, 2):
-            loop = monai_loop(plan, settings, files, workers)
-            sides[f"monai_{workers}_workers"] = lambda loop=loop: next(loop)
-        for advance in sides.values():
-            seconds_a_step(advance, 2)
+        runs.start(folder / "run", settings, plan, split(dataset, settings).as_ids())
+        sides = {
+            "anysite": (prepare_anysite, (folder,)),
+            "monai_0_workers": (prepare_monai, (folder, 0)),
+            "monai_2_workers": (prepare_monai, (folder, 2)),
+        }
         taken: dict[str, list[float]] = {side: [] for side in sides}
-        before = next(ours)
-        for _ in range(rounds):
-            for side, advance in sides.items():
-                taken[side].append(seconds_a_step(advance, steps))
-        began = time.perf_counter()
-        waited = next(ours) - before
-        waiting = waited / (sum(taken["anysite"]) * steps + time.perf_counter() - began)
+        waited_s = 0.0
+        with taking_turns(sides) as started:
+            warm = {name: side.run(3) for name, side in started.items()}
+            for _ in range(rounds):
+                for name, side in started.items():
+                    seconds, result = side.run(steps)
+                    taken[name].append(seconds)
+                    if name == "anysite":
+                        waited_s = result - warm["anysite"][1]
+            peaks = {f"{name}_peak_memory_mb": side.stop() for name, side in started.items()}
     median = {side: statistics.median(values) for side, values in taken.items()}
     monai = min(median["monai_0_workers"], median["monai_2_workers"])
     return {
         "dimension": dimension,
         **{f"{side}_seconds_a_step": round(value, 3) for side, value in median.items()},
         "ratio": round(monai / median["anysite"], 2),
-        "share_of_time_waiting_for_batches": round(waiting, 3),
+        "share_of_time_waiting_for_batches": round(waited_s / (sum(taken["anysite"]) * steps), 3),
+        **peaks,
     }
 
 
