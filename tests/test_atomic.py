@@ -136,3 +136,15 @@ def test_sha256_of_a_known_text(target: Path) -> None:
     assert atomic.sha256(target) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     target.write_bytes(bytes(range(256)) * 5000)
     assert atomic.sha256(target) == hashlib.sha256(bytes(range(256)) * 5000).hexdigest()
+
+
+def test_the_umask_decides_who_may_read(tmp_path: Path) -> None:
+    former = os.umask(0o077)
+    try:
+        atomic.write_text(tmp_path / "private.txt", "x")
+        os.umask(0o002)
+        atomic.write_text(tmp_path / "shared.txt", "x")
+    finally:
+        os.umask(former)
+    assert (tmp_path / "private.txt").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "shared.txt").stat().st_mode & 0o777 == 0o664

@@ -301,3 +301,16 @@ def test_shared_packs(pack, cases, patients, classes):
     assert {c.image_paths[0].name for c in folders.labelled} == {
         c.image_paths[0].name for c in dataset.cases if c.domain == next(iter(cases))
     }
+
+
+def test_labels_of_unseen_sites_are_not_looked_at(tmp_path: Path) -> None:
+    for site, values in (("a", (0, 1)), ("b", (0, 1, 2))):
+        for folder in ("images", "masks"):
+            (tmp_path / site / folder).mkdir(parents=True)
+        array = np.resize(np.array(values, np.uint8), (8, 8))
+        Image.fromarray(array * 50).save(tmp_path / site / "images" / f"{site}1.png")
+        Image.fromarray(array).save(tmp_path / site / "masks" / f"{site}1.png")
+    assert len(open_dataset(tmp_path).classes) == 3
+    assert len(open_dataset(tmp_path, unseen=("b",)).classes) == 2
+    (tmp_path / "b" / "masks" / "b1.png").write_bytes(b"not a picture")
+    assert len(open_dataset(tmp_path, unseen=("b",)).classes) == 2

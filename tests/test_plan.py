@@ -362,3 +362,26 @@ def test_probabilities_are_softmax_or_sigmoid() -> None:
     )
     torch.testing.assert_close(by_class.as_probabilities(logits[0], 0), by_class.as_probabilities(logits)[0])
     torch.testing.assert_close(by_region.as_probabilities(logits), exponential / (1 + exponential))
+
+
+def test_an_image_of_another_unit_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    array = rng.normal(size=(1, 32, 32, 32)).astype(np.float32)
+    plan = Plan(
+        dimension=3, image_dimension=3, axes="RAS", spacing=(1.0, 1.0, 1.0), unit="mm", channels=1,
+        normalisation=(Normalisation(),), patch_size=(32, 32, 32), classes=("background", "organ"), label_values=(0, 1),
+    )  # fmt: skip
+    with pytest.raises(GeometryError, match="an image in px; expected mm"):
+        plan.to_grid(Volume.of_pixels(array))
+
+
+def test_an_image_that_is_nearly_all_one_value_keeps_its_contrast() -> None:
+    array = np.zeros((1, 64, 64), np.float32)
+    array[0, 30:33, 30:33] = 5.0  # far less than half a percent
+    plan = Plan(
+        dimension=2, image_dimension=2, spacing=(1.0, 1.0), unit="px", channels=1,
+        normalisation=(Normalisation(),), patch_size=(32, 32), classes=("background", "organ"), label_values=(0, 1),
+    )  # fmt: skip
+    grid = plan.to_grid(Volume.of_pixels(array))
+    assert float(grid[0, 31, 31]) > 5
+    assert abs(float(grid.mean())) < 1e-5

@@ -149,3 +149,13 @@ def test_a_plugin_that_does_not_import_says_why(plugin: str, target: str) -> Non
     registry.trust(target)
     with pytest.raises(ConfigError, match=r"cannot be imported \(.*(no_such_module|NoSuchClass)"):
         registry.find("network", target)
+
+
+def test_the_types_of_settings_are_checked() -> None:
+    network = registry.build("network", "unet", 1, 2, (32, 32), residual="false", width=4)
+    plain = registry.build("network", "unet", 1, 2, (32, 32), residual=False, width=4)
+    assert network.state_dict().keys() == plain.state_dict().keys()
+    with pytest.raises(ConfigError, match="network 'unet', setting 'width': 'wide'; expected .*integer"):
+        registry.build("network", "unet", 1, 2, (32, 32), width="wide")
+    with pytest.raises(ConfigError, match="objective 'supervised', setting 'weight'"):
+        registry.build("objective", "supervised", weight="abc")

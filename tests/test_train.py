@@ -149,6 +149,15 @@ def test_a_patient_of_the_test_site_trains_nowhere(phantom: Dataset) -> None:
     twin = type(moved)("twin", moved.patient, "north", moved.image_paths, moved.label_path)
     parts = split(phantom.with_cases([*phantom.cases, twin]), small_config("test_domains=['west']"))
     assert "twin" not in {c.id for part in (parts.training, parts.held_out) for c in part.cases}
+    assert parts.dropped == ("twin",)
+
+
+def test_patients_named_alike_at_every_site_are_explained(phantom: Dataset) -> None:
+    alike = [type(c)(c.id, "p1", c.domain, c.image_paths, c.label_path) for c in phantom.cases]
+    with pytest.raises(
+        DataError, match="dropped because their patient is also at a test site: give patients"
+    ):
+        split(phantom.with_cases(alike), small_config("test_domains=['west']"))
 
 
 def test_a_loss_that_is_not_finite_stops_at_once(

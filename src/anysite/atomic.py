@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +24,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{os.getpid()}.partial-", suffix=path.name, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f".{os.getpid()}.partial-{secrets.token_hex(4)}-{path.name}"
+    # Not tempfile, whose files only the owner may read: the user's umask decides.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
         _fsync(temporary)
-        temporary.chmod(0o644)
         temporary.replace(path)
         _fsync(path.parent)
     finally:

@@ -86,7 +86,9 @@ def _top(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="folder for data, run, masks and report")] = Path("demo"),
+    output: Annotated[
+        Path | None, typer.Option(help="folder for everything; default: demo, or demo_3d")
+    ] = None,
     dimension: Annotated[int, typer.Option(help="2 for pictures, 3 for volumes")] = 2,
     budget: Annotated[str, typer.Option(help="time for training")] = "150s",
     seed: int = 0,
@@ -97,6 +99,7 @@ def demo(
 
     if dimension not in (2, 3):
         raise ConfigError(f"--dimension {dimension}", expected="2 or 3")
+    output = output or Path("demo" if dimension == 2 else "demo_3d")
     began = time.monotonic()
     data, run, masks, page = (
         output / f"phantom_{dimension}d",
@@ -105,7 +108,7 @@ def demo(
         output / "report.html",
     )
     if not (data / "index.csv").is_file():
-        write_phantom(data, dimension=dimension, seed=seed)
+        write_phantom(data, dimension=dimension, patients_per_site=20, seed=seed)
     console.say(f"1. anysite check {data}")
     check(data)
     console.say(f"\n2. anysite train {data} --output {run} --test-domain west --budget {budget} --resume")
@@ -163,7 +166,7 @@ def train(
 
     settings = config.load(preset, overrides)
     budget_s = None if budget is None else parse_duration(budget)
-    opened = open_dataset(dataset)
+    opened = open_dataset(dataset, unseen=settings.test_domains)
     from anysite import train as training
 
     with console.training_bar() as advance:

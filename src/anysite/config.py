@@ -254,6 +254,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
         raise ConfigError(f"--set {override}", expected="name=value, such as train.steps=500")
+    text = {"True": "true", "False": "false"}.get(text.strip(), text)  # Python's spelling is a likely slip
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -83,13 +83,20 @@ def training_bar() -> Iterator[Any]:
     with _bar(*columns) as bar:
         task = bar.add_task("", text="", total=None)
 
+        shown = -1
+
         def advance(progress: Progress) -> None:
+            nonlocal shown
             if progress.note:
                 errors.print(Text(f"warning: {progress.note}"))
                 return
             dice = "" if progress.dice is None else f"  held-out Dice {100 * progress.dice:.1f}"
             text = f"loss {progress.loss:.3f}{dice}  {format_seconds(progress.seconds_left)} left"
             bar.update(task, completed=progress.step, total=progress.steps, text=text)
+            tenth = 10 * progress.step // progress.steps
+            if not errors.is_terminal and tenth > shown:  # a log file wants lines, and few of them
+                shown = tenth
+                errors.print(Text(f"step {progress.step} of {progress.steps}  {text}"))
 
         yield advance
 

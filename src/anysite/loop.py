@@ -98,9 +98,10 @@ class Training:
                 left_s = (self.steps - self.step) * (time.monotonic() - began) / (self.step - first)
                 self.on_progress(Progress(self.step, self.steps, values["total"], self.dice, left_s))
                 unfinished = self.step < self.steps
-                if unfinished and (stop.is_set() or self.step % self.settings.checkpoint_every == 0):
+                stopping = unfinished and self._agree(stop.is_set())
+                if unfinished and (stopping or self.step % self.settings.checkpoint_every == 0):
                     self.save()
-                if unfinished and stop.is_set():
+                if stopping:
                     raise InterruptedTraining(
                         f"stopped after step {self.step} of {self.steps}; the state is saved",
                         where=self.output,
@@ -170,10 +171,10 @@ class Training:
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items()}
         facts = {"step": self.step, "steps": self.steps, "dice": self.dice, "data": self.data}
+        self._write_log()  # first: a checkpoint without its log could not be continued
         runs.save_tensors(
             self.output / runs.CHECKPOINT, tensors, facts | {"circumstances": self.circumstances}
         )
-        self._write_log()
 
     def restore(self) -> None:
         """Continue from the checkpoint.
@@ -206,6 +207,14 @@ class Training:
         lines = (self.output / runs.LOG).read_text(encoding="utf-8").splitlines()
         self.log = [entry for line in lines if (entry := json.loads(line))["step"] <= self.step]
 
+    def _agree(self, stop: bool) -> bool:
+        """Tell whether any process was asked to stop: one that left alone would block the others for ever."""
+        if self.fabric.world_size == 1:
+            return stop
+        asked = self.fabric.all_reduce(torch.tensor(float(stop), device=self.fabric.device), reduce_op="sum")
+        assert isinstance(asked, Tensor)
+        return bool(asked > 0)
+
     def _leads(self) -> bool:
         return self.fabric.is_global_zero
 
@@ -220,7 +229,7 @@ class Training:
             f"on cases {', '.join(dict.fromkeys(batch.case_ids))}",
             where=self.output,
             expected="finite numbers",
-            fix="check these cases with anysite check, or lower train.learning_rate; the last checkpoint is kept",
+            fix="check these cases with anysite check, or start a new run with a lower train.learning_rate",
         )
 
     def _record(self, values: dict[str, float], writer: Any) -> None:

@@ -95,6 +95,8 @@ class Plan(BaseModel):
                 f"an image with {image.dimension} spatial axes and {image.array.shape[0]} channels",
                 expected=f"{self.image_dimension} spatial axes and {self.channels} channels as in training",
             )
+        if image.unit != self.unit:
+            raise GeometryError(f"an image in {image.unit}", expected=f"{self.unit} as in training")
         return image.oriented(self.axes).resampled(self.spacing, "cubic")
 
     def to_grid(self, image: Volume) -> Float[Tensor, "c *s"]:
@@ -173,6 +175,12 @@ def learn_plan(dataset: Dataset, settings: PlanSettings, threads: int = 2) -> Pl
                 f"{len(found.shape)} spatial axes and {found.channels} channels",
                 where=case.id,
                 expected=f"{len(prints[0].shape)} and {prints[0].channels} as in {dataset.labelled[0].id}",
+            )
+        if found.unit != prints[0].unit:
+            raise DataError(
+                f"spacing in {found.unit}",
+                where=case.id,
+                expected=f"{prints[0].unit} as in {dataset.labelled[0].id}",
             )
     image_dimension = len(prints[0].shape)
     spacing = np.median([p.spacing for p in prints], axis=0)
@@ -352,7 +360,8 @@ def _normalise(channel: np.ndarray, normalisation: Normalisation) -> np.ndarray:
             np.clip(channel, normalisation.low, normalisation.high) - normalisation.mean
         ) / normalisation.std
     low, high = np.percentile(channel, CLIP_PERCENTILES)
-    clipped = np.clip(channel, low, high)
+    # Where nearly every voxel has one value, clipping would leave nothing of the rest.
+    clipped = np.clip(channel, low, high) if low < high else channel
     # The mean over voxels in float64: float32 sums lose digits on large volumes.
     mean, std = clipped.mean(dtype=np.float64), clipped.std(dtype=np.float64)
     return ((clipped - mean) / max(std, 1e-6)).astype(np.float32)

@@ -8,7 +8,9 @@ import importlib
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from anysite.errors import ConfigError
 
@@ -89,6 +91,16 @@ def build(kind: str, name: str, /, *arguments: Any, **settings: Any) -> Any:
                 f"{kind} {name!r} has no setting {setting!r}",
                 expected=_suggest(setting, dict.fromkeys(known)),
             )
+    hints = get_type_hints(method.__init__)
+    for setting, value in settings.items():
+        try:
+            settings[setting] = TypeAdapter(hints[setting]).validate_python(value)
+        except ValidationError as error:
+            raise ConfigError(
+                f"{value!r}",
+                where=f"{kind} {name!r}, setting {setting!r}",
+                expected=error.errors()[0]["msg"].lower(),
+            ) from None
     return method(*arguments, **settings)
 
 

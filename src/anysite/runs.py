@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -77,7 +77,7 @@ def open_run(path: Path) -> Run:
         RunError: the folder is no finished run, or a file is missing, altered or of another version's form.
     """
     path = Path(path)
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     if not is_finished(path):
         raise RunError(
             "training that has not finished", where=path, fix="continue it with anysite train --resume"
@@ -96,7 +96,7 @@ def open_run(path: Path) -> Run:
 
 def is_finished(path: Path) -> bool:
     """Tell whether the training in a run folder came to its end."""
-    return bool(_read_manifest(path).get("finished"))
+    return bool(read_manifest(path).get("finished"))
 
 
 def read_config(path: Path) -> config.Config:
@@ -157,7 +157,7 @@ def start(
 def finish(path: Path, network: Network, **facts: Any) -> None:
     """Write the weights and seal the folder: a digest of every file that prediction relies on."""
     save_tensors(path / WEIGHTS, network.state_dict())
-    manifest = {k: v for k, v in _read_manifest(path).items() if k != "files"}
+    manifest = {k: v for k, v in read_manifest(path).items() if k != "files"}
     manifest.update(facts, finished=True, finished_at=now(), versions=versions(), commit=commit())
     manifest["files"] = {name: atomic.sha256(path / name) for name in SEALED}
     atomic.write_json(path / MANIFEST, manifest)
@@ -195,32 +195,21 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a run folder for one writer; a lock left by a dead process of this machine is taken over.
+    """Hold a run folder for one writer; the lock ends with the process that holds it, however that ends.
 
     Raises:
-        RunError: another living process holds it.
+        RunError: another process holds it.
     """
     path.mkdir(parents=True, exist_ok=True)
-    lock = path / ".lock"
-    owner = {"pid": os.getpid(), "host": platform.node()}
-    while True:
-        try:
-            with lock.open("x") as file:
-                json.dump(owner, file)
-            break
-        except FileExistsError:
-            holder = _read_lock(lock)
-            if holder.get("host") != owner["host"] or _is_alive(holder.get("pid", 0)):
-                raise RunError(
-                    f"in use by process {holder.get('pid')} on {holder.get('host')}",
-                    where=path,
-                    fix=f"wait for it, or delete {lock.name} there if that process is gone",
-                ) from None
-            lock.unlink(missing_ok=True)
+    lock = FileLock(path / ".lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RunError("in use by another process", where=path, fix="wait for it, or stop it") from None
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)
+        lock.release()
 
 
 def fingerprint(content: Any) -> str:
@@ -252,7 +241,12 @@ def commit() -> str:
         return ""
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read what a run folder says of itself.
+
+    Raises:
+        RunError: it is missing or of another form.
+    """
     if not (path / MANIFEST).is_file():
         raise RunError(f"no {MANIFEST}", where=path, expected="a run folder written by anysite train")
     content = _read_part(path / MANIFEST)
@@ -268,23 +262,3 @@ def _read_part(path: Path) -> Any:
         return atomic.read_json(path)
     except AnysiteError as error:
         raise RunError(error.found, where=path, fix="restore the run folder from its source") from None
-
-
-def _read_lock(lock: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(lock.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _is_alive(pid: object) -> bool:
-    if not isinstance(pid, int) or pid <= 0:
-        return True  # a lock that cannot be understood is respected
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True

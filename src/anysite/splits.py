@@ -16,11 +16,13 @@ class Splits:
     Attributes:
         held_out: Patients of the training sites that are not trained on: they measure, and choose nothing.
         test: The sites kept out of training altogether.
+        dropped: Cases of training sites left out because their patient is also at a test site.
     """
 
     training: Dataset
     held_out: Dataset
     test: Dataset
+    dropped: tuple[str, ...] = ()
 
     def as_ids(self) -> dict[str, list[str]]:
         """Return the case ids by role."""
@@ -36,12 +38,17 @@ def split(dataset: Dataset, config: Config) -> Splits:
     """
     source, test = dataset.leave_out(config.test_domains)
     tested = {case.patient for case in test.cases}
-    source = source.with_cases(c for c in source.labelled if c.patient not in tested)
+    dropped = tuple(case.id for case in source.labelled if case.patient in tested)
+    source = source.with_cases(case for case in source.labelled if case.patient not in tested)
     training, held_out = source.hold_out_patients(config.train.validation_fraction, config.seed)
     if not training.cases:
         raise DataError(
             "no labelled cases to train on",
             where=dataset.name,
             expected="labelled cases of a site that is not a test site",
+            fix=f"{len(dropped)} cases were dropped because their patient is also at a test site: give patients of "
+            "different sites different names"
+            if dropped
+            else "",
         )
-    return Splits(training, held_out, test)
+    return Splits(training, held_out, test, dropped)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,11 @@ def train(
         InterruptedTraining: SIGTERM or SIGINT arrived; a checkpoint was saved.
     """
     job = _Job(dataset, config, Path(output), budget_s, resume, time.monotonic(), on_progress, facts or {})
-    fabric = start_fabric(config)
+    if resume and (job.output / runs.CONFIG).is_file():
+        job = replace(job, kept=runs.read_config(job.output))
+    fabric = start_fabric(job.kept or config)
     with runs.locked(job.output) if fabric.is_global_zero else nullcontext():
-        if fabric.is_global_zero and not _is_finished(job):
+        if fabric.is_global_zero:
             _start(job)
         fabric.barrier()
         if not _is_finished(job):
@@ -73,6 +75,11 @@ class _Job:
     started: float
     on_progress: Callable[[Progress], None]
     facts: dict[str, Any]
+    kept: Config | None = None
+
+    def warn(self, note: str) -> None:
+        """Tell the user something that does not stop the training."""
+        self.on_progress(Progress(0, 0, math.nan, None, math.nan, note))
 
 
 def _is_finished(job: _Job) -> bool:
@@ -82,22 +89,42 @@ def _is_finished(job: _Job) -> bool:
 def _start(job: _Job) -> None:
     """Learn the plan and write what is known before training, unless an interrupted run is there."""
     if (job.output / runs.MANIFEST).is_file():
-        if job.resume:
-            ignored = differing_settings(job.config, runs.read_config(job.output))
-            if ignored:
-                note = f"resuming with the run's own settings; ignored: {', '.join(ignored)}"
-                job.on_progress(Progress(0, 0, math.nan, None, math.nan, note))
-        else:
-            raise RunError(
-                "a run is already there", where=job.output, fix="add --resume, or choose another --output"
-            )
+        _require_resumable(job)
         return
     splits = split(job.dataset, job.config)
+    if splits.dropped:
+        job.warn(f"{len(splits.dropped)} cases train nowhere, because their patient is also at a test site")
     plan = learn_plan(splits.training, job.config.plan, compute.use_threads(job.config.train.threads))
     domains = splits.training.domains
     build_learner(job.config, plan, domains)  # so that a wrong setting leaves no run folder behind
-    facts = {"dataset": job.dataset.name, "train_domains": list(domains), **job.facts}
+    facts = {
+        "dataset": job.dataset.name,
+        "train_domains": list(domains),
+        "budget_s": job.budget_s,
+        **job.facts,
+    }
     runs.start(job.output, job.config, plan, splits.as_ids(), **facts)
+
+
+def _require_resumable(job: _Job) -> None:
+    """Say which settings are ignored, and refuse what would not be the same training.
+
+    Raises:
+        RunError: no resuming was asked for, or the dataset gives other splits than the run had.
+    """
+    if job.kept is None:
+        raise RunError(
+            "a run is already there", where=job.output, fix="add --resume, or choose another --output"
+        )
+    ignored = differing_settings(job.config, job.kept)
+    if ignored:
+        job.warn(f"resuming with the run's own settings; ignored: {', '.join(ignored)}")
+    if not _is_finished(job) and split(job.dataset, job.kept).as_ids() != runs.read_splits(job.output):
+        raise RunError(
+            "training cases that differ from those the run was started with",
+            where=job.output,
+            fix="restore the dataset, or start a new run",
+        )
 
 
 def _fit(fabric: Fabric, job: _Job) -> None:
@@ -108,8 +135,7 @@ def _fit(fabric: Fabric, job: _Job) -> None:
     training = build_training(fabric, job.dataset, config, job.output, job.on_progress, threads)
     if (job.output / runs.CHECKPOINT).is_file():
         training.restore()
-    elif job.budget_s is not None:
-        budget_s = job.budget_s
+    elif (budget_s := runs.read_manifest(job.output).get("budget_s")) is not None:
         training.fit_budget(lambda: budget_s - (time.monotonic() - job.started))
     began = time.monotonic()
     training.run()
@@ -151,6 +177,7 @@ def build_training(
         "torch": torch.__version__,
         "precision": compute.choose_precision(config.train.precision, fabric.device.type),
         "processes": fabric.world_size,
+        "device": fabric.device.type,
     }
     return Training(
         fabric,

@@ -26,10 +26,11 @@ EXPECTED = (
 )
 
 
-def open_dataset(path: Path) -> Dataset:
+def open_dataset(path: Path, unseen: Collection[str] = ()) -> Dataset:
     """Open the dataset at `path`: a CSV manifest, an nnU-Net v2 folder, or folders of images and masks.
 
-    Only where no dataset.json declares the classes are the label files read, to find their values.
+    Only where no dataset.json declares the classes are the label files read, to find their values; those of
+    the sites `unseen`, which are kept for testing, are not.
 
     Raises:
         DataError: nothing known lies there, or the layout contradicts itself.
@@ -44,8 +45,9 @@ def open_dataset(path: Path) -> Dataset:
             where=path,
             fix='add dataset.json with "labels": {"background": 0, "name": 1}',
         )
+    seen = [case for case in dataset.labelled if case.domain not in unseen]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda case: set(count_values(case.label().array)), dataset.labelled)
+        found = pool.map(lambda case: set(count_values(case.label().array)), seen)
         classes, label_values = infer_classes(set().union(*found), where=path)
     return replace(dataset, classes=classes, label_values=label_values)
 
