@@ -165,7 +165,10 @@ def test_headline_numbers_equal_those_computed_from_the_rows(folder, tmp_path):
     assert f"{100 * low:.1f} to {100 * high:.1f} 2 patients, 3 cases" in page.text
     assert f"Dice, unseen sites {100 * unseen:.1f}" in page.text
     assert "3 patients, 3 cases" in page.text
-    assert f"Gap {100 * (in_domain - unseen):.1f} points lost" in page.text
+    difference = f"Difference between sites {100 * (in_domain - unseen):.1f} in-domain minus unseen patients"
+    assert difference in page.text
+    assert "lost" not in page.text
+    assert "Weights and settings digest f00d" in page.text
     assert f"{100 * fmean([0.7, 0.6, 0.1]):.1f}" in page.text  # the disc at site B
     assert "1 Dice value undefined" in page.text
     distances = [fmean([10 * v for v in DICE[c] if v is not None]) for c in ("b0", "b1", "b2")]
@@ -255,7 +258,7 @@ def benchmark_rows() -> list[dict]:
         for seed, left in itertools.product((0, 1), "ABC"):
             train = ",".join(site for site in "ABC" if site != left)
             run = {"method": method, "seed": seed, "train_domains": train}
-            rows.append(row("seconds", 90.0, **run, case=""))
+            rows.append(row("train_seconds", 90.0, **run, case=""))
             for site, index in itertools.product("ABC", range(5)):
                 split = "unseen" if site == left else "in_domain"
                 shift = gain - 0.1 * (left == "B") if site == left else 0.05
@@ -292,19 +295,92 @@ def test_methods_are_compared_as_computed_directly(tmp_path):
         differences = [fmean(v) for v in by_patient.values()]
         assert summary.comparison.p_value == pytest.approx(stats.wilcoxon(differences)[1])
         assert points(fmean(differences), True) in page.text
-        assert summary.left_out == 0
+        assert summary.left_out == (0, 0)
     for summary in summaries:
         mean = estimate_mean(list(unseen(summary.name).values()), [patients[c] for c in unseen(summary.name)])
         assert summary.unseen is not None
         assert summary.unseen.mean == pytest.approx(mean.mean)
         assert points(mean.mean) in page.text
         assert summary.worst_site == "B"
-        assert summary.seconds == 90
+        assert summary.train_seconds == 90
         assert summary.matrix.cells["A, C", "B"].worst
         assert sum(cell.worst for cell in summary.matrix.cells.values()) == 1
         assert summary.matrix.cells["A, C", "A"].split == "in_domain"
         assert summary.seeds == ("0", "1")
     assert "1.5 min" in page.text
+
+
+def unseen_rows(method: str, seed: int, values: dict[str, float], **changes) -> list[Row]:
+    """Rows of unseen cases; the first letter of a case is its site, the rest its patient."""
+    places = [{"domain": c[0], "case": c, "patient": c[1:], "class": "x"} for c in values]
+    return [
+        Row.model_validate(row("dice", values[p["case"]], method=method, seed=seed, **p, **changes))
+        for p in places
+    ]
+
+
+def test_methods_equal_at_every_seed_differ_in_nothing_whatever_seeds_each_has(tmp_path):
+    cases = [f"B{i}" for i in range(8)]
+    base = [r for s in (0, 1, 2) for r in unseen_rows("baseline", s, dict.fromkeys(cases, 0.6 + 0.1 * s))]
+    fewer = unseen_rows("fewer", 2, dict.fromkeys(cases, 0.8))
+    _, compared = summarise_methods(split_by_method([*base, *fewer]), "baseline")
+    assert compared.comparison is not None
+    assert compared.comparison.difference.mean == 0
+    assert compared.comparison.p_value == 1
+    assert compared.left_out == (0, 16)
+    lines = [r.model_dump(mode="json", by_alias=True) for r in [*base, *fewer]]
+    _, page = written([write_lines(tmp_path / "rows.jsonl", lines)], tmp_path / "report.html")
+    assert "no counterpart: 0 values of fewer, 16 values of baseline" in page.text
+
+
+def test_only_what_both_methods_measured_alike_is_paired():
+    base = unseen_rows("baseline", 0, {"B1": 0.5, "B2": 0.4, "C1": 0.9})
+    other = unseen_rows("other", 0, {"B1": 0.6, "B2": 0.6, "D1": 0.1})
+    elsewhere = unseen_rows("other", 0, {"C1": 0.2}, train_domains=["A", "B"])
+    undefined = unseen_rows("baseline", 0, {"D1": float("nan")})
+    rows = [*base, *other, *elsewhere, *undefined]
+    _, compared = summarise_methods(split_by_method(rows), "baseline")
+    assert compared.comparison is not None
+    assert compared.comparison.difference.mean == pytest.approx(0.15)
+    assert dict(compared.differences) == pytest.approx({"B1": 0.1, "B2": 0.2})
+    assert compared.left_out == (2, 1)
+    apart = summarise_methods(split_by_method([*base, *unseen_rows("late", 1, {"B1": 0.6})]), "baseline")[1]
+    assert apart.comparison is None
+    assert apart.left_out == (1, 3)
+
+
+def test_patients_of_one_id_at_two_sites_are_two_people():
+    values = {"B1": 0.2, "B2": 0.4, "C1": 0.6, "C2": 0.9}
+    rows = unseen_rows("baseline", 0, values) + unseen_rows("other", 0, {c: v / 2 for c, v in values.items()})
+    _, compared = summaries = summarise_methods(split_by_method(rows), "baseline")
+    assert [s.unseen.n_patients for s in summaries if s.unseen] == [4, 4]
+    assert compared.comparison is not None
+    assert compared.comparison.difference.n_patients == 4
+    assert compared.comparison.p_value == pytest.approx(stats.wilcoxon(list(values.values()))[1])
+
+
+def test_ablations_stay_apart_and_are_named_by_what_differs(tmp_path):
+    shared, reach = "train.steps=500", "plan.patch_size=[32, 32]"
+    variants = {f"{shared} {reach}": 0.5, f"{reach} {shared} predict.flips=false": 0.7}
+    rows = [r for text, dice in variants.items() for r in unseen_rows("erm", 0, {"B1": dice}, overrides=text)]
+    rows += unseen_rows("mix", 0, {"B1": 0.9}, overrides=shared)
+    path = tmp_path / "rows.jsonl"
+    write_lines(path, [r.model_dump(mode="json", by_alias=True) for r in rows])
+    (source,) = read_sources([path])
+    methods = split_by_method(source.rows)
+    assert {name: [r.value for r in found] for name, found in methods.items()} == {
+        "erm": [0.5],
+        "erm (predict.flips=false)": [0.7],
+        "mix": [0.9],
+    }
+    (score,) = score_cases(rows[:2])
+    assert score.value == pytest.approx(0.6)
+    orders = [*unseen_rows("erm", 0, {"B1": 0}, overrides="a=1 a=2"),
+              *unseen_rows("erm", 0, {"B1": 1}, overrides="a=2 a=1")]  # fmt: skip
+    assert [len(found) for found in split_by_method(orders).values()] == [1, 1]
+    assert "/home" not in "".join(
+        split_by_method([r.model_copy(update={"overrides": f"a=/home/{r.value}/f"}) for r in rows])
+    )
 
 
 def test_rows_of_one_method_need_no_prediction_folder(tmp_path):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-import resource
 import shutil
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -35,10 +36,34 @@ class Job:
     metrics: tuple[str, ...]
 
     @property
-    def key(self) -> tuple[str, str, int, str, str]:
+    def name(self) -> str:
+        """The method's name in rows: the preset, or the stem of its file."""
+        return _name_of(self.method)
+
+    @property
+    def settings(self) -> config.Config:
+        """The preset as it is now, with the job's overrides, seed and test sites."""
+        sites = ", ".join(f'"{domain}"' for domain in self.test_domains)
+        return config.load(self.method, [*self.overrides, f"seed={self.seed}", f"test_domains=[{sites}]"])
+
+    @property
+    def digest(self) -> str:
+        """A digest of all that a result depends on beside the data and the program."""
+        return runs.fingerprint([self.settings.model_dump(mode="json"), self.budget_s])
+
+    @property
+    def key(self) -> tuple[str, str, int, str, str, str]:
         """What tells this job's rows from those of others."""
-        settings = " ".join(self.overrides)
-        return self.dataset, self.method, self.seed, "+".join(self.train_domains), settings
+        return (
+            self.dataset, self.name, self.seed, "+".join(self.train_domains), " ".join(self.overrides),
+            self.digest,
+        )  # fmt: skip
+
+    @property
+    def keys(self) -> set[tuple[Any, ...]]:
+        """The key, and that of rows written before they named the job's digest."""
+        dataset, _, seed, train_domains, overrides, _ = self.key
+        return {self.key, (dataset, self.method, seed, train_domains, overrides, "")}
 
 
 @dataclass(frozen=True)
@@ -69,10 +94,16 @@ def list_jobs(
         metrics: Which metrics to keep rows of.
 
     Raises:
-        ConfigError: an unknown protocol, method, metric or site, or test sites where the protocol names them.
+        ConfigError: an unknown protocol, method, metric or site, methods of one name, a
+            negative seed, or test sites where the protocol names them.
     """
     for method in methods:
         config.load(method, overrides)
+    names = [_name_of(method) for method in methods]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"{len(twice)} methods named {twice[0]!r}", fix="rename the preset's file")
+    if negative := [seed for seed in seeds if seed < 0]:
+        raise ConfigError(f"seed {negative[0]}", expected="0 or above")
     for metric in metrics:
         if metric not in METRICS:
             raise ConfigError(f"no metric {metric!r}", expected=f"one of {', '.join(METRICS)}")
@@ -109,8 +140,18 @@ def benchmark(
     Args:
         parallel: Jobs at once, each in a process of its own with its share of the cores.
         keep_runs: Folder for run folders and masks; they are deleted after scoring where it is None.
+
+    Raises:
+        ConfigError: fewer than 1 job at once.
     """
-    waiting = unfinished(jobs, output)
+    if parallel < 1:
+        raise ConfigError(f"{parallel} jobs at once", expected="1 or more")
+    return _run_all(unfinished(jobs, output), output, parallel, keep_runs)
+
+
+def _run_all(
+    waiting: Sequence[Job], output: Path, parallel: int, keep_runs: Path | None
+) -> Iterator[JobOutcome]:
     threads = max(1, compute.count_cores() // parallel)
     with ThreadPoolExecutor(parallel) as pool:
         for future in as_completed([pool.submit(_run_apart, job, threads, keep_runs) for job in waiting]):
@@ -121,10 +162,13 @@ def benchmark(
 
 
 def unfinished(jobs: Sequence[Job], output: Path) -> list[Job]:
-    """Return the jobs whose rows are not in the file `output` yet, down to the costs, which come last."""
-    rows = read_rows(output) if output.is_file() else []
-    done = {_key_of(row) for row in rows if row.get("split") == "run"}
-    return [job for job in jobs if job.key not in done]
+    """Return the jobs of which a metric or the costs, which come last, are not in the file `output` yet."""
+    found: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    for row in read_rows(output) if output.is_file() else []:
+        found[_key_of(row)] |= {row.get("metric", ""), row.get("split", "")}
+    return [
+        job for job in jobs if not any({*job.metrics, "run"} <= found.get(key, set()) for key in job.keys)
+    ]
 
 
 def run_job(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
@@ -133,11 +177,11 @@ def run_job(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
 
     from anysite.data.layouts import open_dataset
 
-    name = "-".join(str(part).replace("/", "_") for part in (*job.key[:3], *job.test_domains))
-    if job.overrides or job.budget_s:  # a kept run of other settings must not be taken for this job's
-        name += "-" + runs.fingerprint([job.overrides, job.budget_s])
-    folder = Path(keep_runs) / name if keep_runs else Path(tempfile.mkdtemp(prefix="anysite-"))
+    folder = Path(tempfile.mkdtemp(prefix="anysite-")) if keep_runs is None else Path(keep_runs)
     try:
+        if keep_runs is not None:  # a kept run of other settings must not be taken for this job's
+            parts = (job.dataset, job.name, job.seed, *job.test_domains, job.digest)
+            folder /= "-".join(str(part).replace("/", "_") for part in parts)
         rows = _score(job, open_dataset(Path(job.dataset_path)), folder, threads)
         return JobOutcome(job, rows)
     except InterruptedTraining:
@@ -165,13 +209,10 @@ def _score(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Row]:
     from anysite.predict import predict
     from anysite.train import train
 
-    settings = config.load(
-        job.method,
-        [*job.overrides, f"seed={job.seed}", f"train.threads={threads}",
-         "test_domains=[" + ", ".join(f'"{d}"' for d in job.test_domains) + "]"],
-    )  # fmt: skip
+    digest, settings = job.digest, job.settings
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"threads": threads})})
     run = train(
-        dataset, settings, folder / "run", budget_s=job.budget_s, resume=True, facts={"preset": job.method}
+        dataset, settings, folder / "run", budget_s=job.budget_s, resume=True, facts={"preset": job.name}
     )
     trained_on = set(run.splits["training"])
     cases = [case for case in dataset.labelled if case.id not in trained_on]
@@ -183,38 +224,69 @@ def _score(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Row]:
     failures = [o for o in predict([run], cases, folder / "masks") if o.status == "failed"]
     predicting_s = time.monotonic() - began
     # The splits list the sites in the order of their cases, which may differ from the job's.
-    context = {"train_domains": "+".join(job.train_domains), "overrides": " ".join(job.overrides)}
+    context = {
+        "train_domains": "+".join(job.train_domains), "overrides": " ".join(job.overrides), "job": digest
+    }  # fmt: skip
     result = evaluate(folder / "masks", dataset, threads=threads, context=context)
     if failures or result.failed:
         raise DataError(
             f"{len(result.failed)} cases failed, such as {next(iter(result.failed.items()), '')}",
             where=job.dataset,
         )
-    common = {k: result.rows[0][k] for k in ("dataset", "method", "adapt", "seed", "train_domains", "corruption",
-                                              "severity", "labels", "commit", "config", "overrides")}  # fmt: skip
     costs: list[tuple[str, Any, str]] = [
         ("train_seconds", run.manifest["seconds"], "s"),
         ("train_steps", run.manifest["steps"], "1"),
         ("predict_seconds_per_case", round(predicting_s / len(cases), 3), "s"),
-        ("peak_memory", round(_peak_memory_mb()), "MB"),
     ]
+    if (peak := _peak_memory_mb()) is not None:
+        costs.append(("peak_memory", round(peak), "MB"))
     rows = [row for row in result.rows if row["metric"] in job.metrics]
     empty = {"domain": "", "split": "run", "patient": "", "case": "", "class": ""}
-    return rows + [{**common, **empty, "metric": m, "value": v, "unit": u} for m, v, u in costs]
+    return rows + [{**result.rows[0], **empty, "metric": m, "value": v, "unit": u} for m, v, u in costs]
+
+
+def _name_of(method: str) -> str:
+    return Path(method).stem if method.endswith(".toml") else method
 
 
 def _append(output: Path, outcome: JobOutcome) -> None:
-    existing = read_rows(output) if output.is_file() else []
-    # Rows of this job can be there already where a copy of the file was cut off.
-    write_rows(output, [*(row for row in existing if _key_of(row) != outcome.job.key), *outcome.rows])
+    """Write a job's rows in place of its earlier ones; metrics that a finished job kept before stay."""
+    with _locked(output):
+        existing = read_rows(output) if output.is_file() else []
+        keys, replaced = outcome.job.keys, {row["metric"] for row in outcome.rows}
+        # Without its costs a job was cut off when the file was copied, and no metric of it is complete.
+        finished = {_key_of(row) for row in existing if row.get("split") == "run"}
+        kept = [
+            row
+            for row in existing
+            if (key := _key_of(row)) not in keys or (key in finished and row.get("metric") not in replaced)
+        ]
+        write_rows(output, [*kept, *outcome.rows])
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Keep other processes from writing the file meanwhile, where the system can."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.with_name(f"{output.name}.lock").open("a") as file:
+        # Windows has no such module, some network file systems have no locks.
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _key_of(row: Row) -> tuple[Any, ...]:
-    return *(row.get(name) for name in ("dataset", "method", "seed", "train_domains")), row.get(
-        "overrides", ""
-    )
+    names = ("dataset", "method", "seed", "train_domains")
+    return *(row.get(name) for name in names), row.get("overrides", ""), row.get("job", "")
 
 
-def _peak_memory_mb() -> float:
+def _peak_memory_mb() -> float | None:
+    """Return the process's largest memory so far, or None on Windows, which has no such count."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

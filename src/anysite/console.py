@@ -161,7 +161,11 @@ def _estimate(rows: Sequence[dict[str, Any]]) -> Estimate | None:
     from anysite.statistics import estimate_mean
 
     defined = [row for row in rows if row["value"] is not None]
-    return estimate_mean([r["value"] for r in defined], [r["patient"] for r in defined]) if defined else None
+    return (
+        estimate_mean([r["value"] for r in defined], [f"{r['domain']}/{r['patient']}" for r in defined])
+        if defined
+        else None
+    )
 
 
 def show_job(outcome: JobOutcome, number: int, total: int, seconds_left: float) -> None:

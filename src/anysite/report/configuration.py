@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anysite.report.format import without_folders
+from anysite.report.format import duration, without_folders
 from anysite.report.read import Row
+from anysite.report.summary import mean_of_runs
 
 Entries = tuple[tuple[str, str], ...]
 
@@ -37,16 +38,33 @@ def describe_run(run: dict[str, Any]) -> RunFacts:
 
 
 def describe_rows(rows: Sequence[Row]) -> Entries:
-    """List the commits, configuration hashes and seeds that occur in rows."""
+    """List the commits, digests and seeds that occur in rows, and what their runs cost on average."""
     return tuple(
         (name, ", ".join(values))
         for name, values in (
             ("Commit", _distinct(row.commit for row in rows)),
-            ("Configuration hash", _distinct(row.config for row in rows)),
+            ("Weights and settings digest", _distinct(row.config for row in rows)),
+            ("Overrides", _distinct(without_folders(row.overrides) for row in rows)),
             ("Seeds", _distinct(row.seed for row in rows)),
+            *describe_costs(rows),
         )
         if values
     )
+
+
+def describe_costs(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    """List what a training and a predicted case cost on average, as far as the rows say it."""
+    seconds, steps, memory, case_s = (
+        mean_of_runs(rows, metric)
+        for metric in ("train_seconds", "train_steps", "peak_memory", "predict_seconds_per_case")
+    )
+    training = [] if seconds is None else [duration(seconds)]
+    training += [] if steps is None else [f"{steps:.0f} steps"]
+    training += [] if memory is None else [f"{memory:.0f} MB"]
+    return [
+        ("A training", training),
+        ("A predicted case", [] if case_s is None else [duration(case_s)]),
+    ]
 
 
 def flatten(content: Any, prefix: str = "") -> Entries:

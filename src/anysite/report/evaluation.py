@@ -82,7 +82,7 @@ class Evaluation:
 
     @property
     def gap(self) -> float | None:
-        """In-domain minus unseen Dice, as a fraction."""
+        """In-domain minus unseen Dice, as a fraction; the patients differ, and so may the sites' difficulty."""
         if self.unseen is None or self.in_domain is None:
             return None
         return self.in_domain.mean - self.unseen.mean

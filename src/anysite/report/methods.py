@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from anysite.report.format import without_folders
 from anysite.report.read import Row
 from anysite.report.summary import (
     CaseScore,
     MetricSummary,
     estimate,
+    mean_of_runs,
     of_split,
+    person_of,
     score_cases,
     summarise_metrics,
-    worst_first,
 )
 from anysite.statistics import Comparison, Estimate, adjust_holm, compare_paired
+
+# What makes two values of different methods a pair: training sites, seed, site, case, class.
+Pairing = tuple[tuple[str, ...], str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,8 @@ class Matrix:
 class MethodSummary:
     """One method over all its runs; `comparison` is with the first method, and None for that itself.
 
-    `differences` are those of the cases, `left_out` the cases that only one of both methods defines.
+    `differences` are those of the cases, over the values that pair up; `left_out` counts the values that only
+    this method defines, and those that only the first one does.
     """
 
     name: str
@@ -52,23 +60,29 @@ class MethodSummary:
     worst_site: str
     comparison: Comparison | None
     differences: tuple[tuple[str, float], ...]
-    left_out: int
+    left_out: tuple[int, int]
     p_adjusted: float | None
-    seconds: float | None
+    train_seconds: float | None
+    train_steps: float | None
     peak_memory_mb: float | None
+    predict_seconds_per_case: float | None
     metrics: tuple[MetricSummary, ...]
     matrix: Matrix
 
     @property
     def gap(self) -> float | None:
-        """In-domain minus unseen Dice, as a fraction."""
+        """In-domain minus unseen Dice, as a fraction; the patients differ, and so may the sites' difficulty."""
         if self.unseen is None or self.in_domain is None:
             return None
         return self.in_domain.mean - self.unseen.mean
 
 
 def split_by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Group rows by method, adaptation and number of labels; names tell apart what differs."""
+    """Group rows by method, adaptation, number of labels and overrides; names tell apart what differs."""
+    variants = {
+        method: _name_overrides({row.overrides for row in rows if row.method == method})
+        for method in {row.method for row in rows}
+    }
     several_labels = len({row.labels for row in rows}) > 1
     methods: dict[str, list[Row]] = {}
     for row in rows:
@@ -77,33 +91,37 @@ def split_by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
             name += f" + {row.adapt}"
         if several_labels and row.labels:
             name += f" ({row.labels} labels)"
+        if variant := variants[row.method][row.overrides]:
+            name += f" ({variant})"
         methods.setdefault(name, []).append(row)
     return methods
 
 
 def summarise_methods(methods: dict[str, list[Row]], baseline: str) -> list[MethodSummary]:
-    """Summarise every method and compare it with `baseline` over their common unseen cases.
+    """Summarise every method and compare it with `baseline` over the unseen values that pair up.
 
-    The p-values of all comparisons are adjusted together (Holm 1979).
+    Values pair up where training sites, seed, site, case and class are the same and both define them. The
+    p-values of all comparisons are adjusted together (Holm 1979).
     """
     order = [baseline, *(name for name in methods if name != baseline)]
     scores = {name: score_cases(methods[name]) for name in order}
-    base = _by_case(of_split(scores[baseline], "unseen"))
+    base, people = _pairings(methods[baseline])
     comparisons: dict[str, Comparison] = {}
     differences: dict[str, tuple[tuple[str, float], ...]] = {}
-    left_out: dict[str, int] = {}
+    left_out: dict[str, tuple[int, int]] = {}
     for name in order[1:]:
-        other = _by_case(of_split(scores[name], "unseen"))
+        other, _ = _pairings(methods[name])
         common = [key for key in base if key in other]
-        left_out[name] = len(base.keys() ^ other.keys())
+        left_out[name] = len(other) - len(common), len(base) - len(common)
         if common:
             comparisons[name] = compare_paired(
-                {key: other[key].value or 0.0 for key in common},
-                {key: base[key].value or 0.0 for key in common},
-                {key: base[key].patient for key in common},
+                {key: other[key] for key in common}, {key: base[key] for key in common}, people
             )
+            by_case: dict[tuple[str, str], list[float]] = defaultdict(list)
+            for key in common:
+                by_case[key[2], key[3]].append(other[key] - base[key])
             differences[name] = tuple(
-                (key[1], (other[key].value or 0.0) - (base[key].value or 0.0)) for key in common
+                (case, statistics.fmean(values)) for (_, case), values in by_case.items()
             )
     adjusted = dict(
         zip(comparisons, adjust_holm([c.p_value for c in comparisons.values()]), strict=True)
@@ -125,10 +143,12 @@ def summarise_methods(methods: dict[str, list[Row]], baseline: str) -> list[Meth
                 worst_site=min(sites, key=lambda domain: sites[domain].mean, default=""),
                 comparison=comparisons.get(name),
                 differences=differences.get(name, ()),
-                left_out=left_out.get(name, 0),
+                left_out=left_out.get(name, (0, 0)),
                 p_adjusted=adjusted.get(name),
-                seconds=_mean_of_runs(rows, "seconds"),
-                peak_memory_mb=_mean_of_runs(rows, "peak_memory_mb"),
+                train_seconds=mean_of_runs(rows, "train_seconds"),
+                train_steps=mean_of_runs(rows, "train_steps"),
+                peak_memory_mb=mean_of_runs(rows, "peak_memory"),
+                predict_seconds_per_case=mean_of_runs(rows, "predict_seconds_per_case"),
                 metrics=summarise_metrics([row for row in rows if row.split == "unseen"]),
                 matrix=train_by_test(rows),
             )
@@ -178,10 +198,28 @@ def _by_site(scores: Sequence[CaseScore]) -> dict[str, Estimate]:
     return {domain: mean for domain, mean in means.items() if mean is not None}
 
 
-def _by_case(scores: Sequence[CaseScore]) -> dict[tuple[str, str], CaseScore]:
-    return {(score.domain, score.case): score for score in worst_first(scores)}
+def _pairings(rows: Iterable[Row]) -> tuple[dict[Pairing, float], dict[Pairing, str]]:
+    """Return the defined unseen Dice values by what they pair up by, and the patients of each."""
+    values: dict[Pairing, float] = {}
+    people: dict[Pairing, str] = {}
+    for row in rows:
+        if row.metric == "dice" and row.split == "unseen" and row.case and row.value is not None:
+            key = row.train_domains, row.seed, row.domain, row.case, row.class_name
+            values[key] = row.value
+            people[key] = person_of(row.domain, row.patient or row.case)
+    return values, people
 
 
-def _mean_of_runs(rows: Sequence[Row], metric: str) -> float | None:
-    values = [row.value for row in rows if row.metric == metric and not row.case and row.value is not None]
-    return statistics.fmean(values) if values else None
+def _name_overrides(variants: set[str]) -> dict[str, str]:
+    """Name each of a method's variants by the overrides that not all of them share."""
+    # A value may hold blanks, so that an override ends only where the next name begins.
+    settings = {text: re.split(r"\s+(?=[\w.]+\s*=)", text.strip()) for text in variants}
+    shared = set.intersection(*map(set, settings.values()))
+    names = {
+        text: without_folders(" ".join(s for s in found if s not in shared))
+        for text, found in settings.items()
+    }
+    if len(set(names.values())) == len(names):
+        return names
+    # The same settings in another order, or files that only their folders tell apart.
+    return {text: f"{names[text]} #{number}".strip() for number, text in enumerate(sorted(variants), 1)}

@@ -125,7 +125,10 @@ def _chapter(dataset: str, sources: Sequence[Source]) -> Chapter:
 
 
 def _compare(methods: dict[str, list[Row]]) -> Comparing:
-    baseline = next((name for name in methods if name.lower() == "baseline"), next(iter(methods)))
+    # The plain one, or else the first of its variants, or else the first method of all.
+    baseline = min(
+        methods, key=lambda n: (n.lower() != "baseline", methods[n][0].method.lower() != "baseline")
+    )
     summaries = summarise_methods(methods, baseline)
     sites = sorted({domain for method in summaries for domain in method.sites})
     strips = []

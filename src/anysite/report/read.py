@@ -42,6 +42,7 @@ class Row(BaseModel):
     labels: str = ""
     commit: str = ""
     config: str = ""
+    overrides: str = ""
 
     @field_validator("train_domains", mode="before")
     @classmethod

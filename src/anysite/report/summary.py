@@ -12,7 +12,7 @@ from anysite.statistics import Estimate, estimate_mean
 
 SPLITS = ("in_domain", "unseen", "training", "unknown")
 METRICS = ("dice", "iou", "surface_dice", "hd95", "assd", "volume_error", "relative_volume_error")
-RUN_METRICS = ("seconds", "peak_memory_mb")
+RUN_METRICS = ("train_seconds", "train_steps", "predict_seconds_per_case", "peak_memory")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class CaseScore:
     value: float | None
     by_class: dict[str, float | None]
     undefined: int
+
+    @property
+    def person(self) -> str:
+        """The patient, told apart from one of the same id at another site."""
+        return person_of(self.domain, self.patient)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,11 @@ class Site:
     undefined: int = field(default=0)
 
 
+def person_of(domain: str, patient: str) -> str:
+    """Return a name for a patient that no patient of another site has."""
+    return repr((domain, patient))
+
+
 def is_clean(row: Row) -> bool:
     """Tell whether a row was measured on the image as it is, not on a corrupted one."""
     return row.corruption in ("", "none")
@@ -76,7 +86,7 @@ def score_cases(rows: Iterable[Row], metric: str = "dice") -> list[CaseScore]:
         if row.metric != metric or not row.case:
             continue
         case = (row.dataset, row.case, row.domain, row.split)
-        run = (row.method, row.adapt, row.seed, row.train_domains, row.labels)
+        run = (row.method, row.adapt, row.seed, row.train_domains, row.labels, row.overrides)
         cases.setdefault(case, {}).setdefault(run, {})[row.class_name] = row.value
         patients[case] = row.patient or row.case
     scores = []
@@ -101,7 +111,7 @@ def score_cases(rows: Iterable[Row], metric: str = "dice") -> list[CaseScore]:
 def estimate(scores: Iterable[CaseScore], class_name: str | None = None) -> Estimate | None:
     """Estimate the mean over patients, of one class or of all, or None where no value is defined."""
     pairs = [
-        (score.value if class_name is None else score.by_class.get(class_name), score.patient)
+        (score.value if class_name is None else score.by_class.get(class_name), score.person)
         for score in scores
     ]
     defined = [(value, patient) for value, patient in pairs if value is not None]
@@ -155,6 +165,11 @@ def summarise_sites(rows: Sequence[Row], class_names: Sequence[str]) -> list[Sit
             )
         )
     return sorted(sites, key=lambda site: (rank_of(site.split), site.domain))
+
+
+def mean_of_runs(rows: Iterable[Row], metric: str) -> float | None:
+    """Return the mean of what runs cost, such as "train_seconds", or None where no row says it."""
+    return _mean([row.value for row in rows if row.metric == metric and not row.case])
 
 
 def rank_of(split: str) -> int:
