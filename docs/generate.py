@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import typer.core
+from evidence_page import describe_evidence, write_readme_table
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -62,7 +63,12 @@ def describe_methods() -> str:
     return "\n".join(lines)
 
 
-PAGES = {"commands.md": describe_commands, "settings.md": describe_settings, "methods.md": describe_methods}
+PAGES = {
+    "commands.md": describe_commands,
+    "settings.md": describe_settings,
+    "methods.md": describe_methods,
+    "evidence.md": describe_evidence,
+}
 
 
 def _rows(model: type[BaseModel], prefix: str) -> list[str]:
@@ -104,3 +110,5 @@ def _default_of(parameter: Any) -> str:
 if __name__ == "__main__":
     for page, write in PAGES.items():
         (DOCS / page).write_text(write(), encoding="utf-8")
+    readme = DOCS.parent / "README.md"
+    readme.write_text(write_readme_table(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -26,7 +26,7 @@ LAYERS = [
     {"objectives"},
     {"learner"},
     {"runs"},
-    {"segment", "splits", "validation"},
+    {"segment", "splits", "validation", "manifest"},
     {"loop"},
     {"train"},
     {"predict"},

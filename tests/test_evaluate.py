@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from anysite import predict
 from anysite.data.case import Case, Dataset
 from anysite.errors import DataError, FileFormatError
 from anysite.evaluate import ROWS, SUMMARY, evaluate, read_rows, summarise, write_rows
+from anysite.manifest import manifest_path
 from anysite.metrics import METRICS
 
 SPACING = (0.5, 2.0, 3.0)
@@ -56,8 +58,8 @@ def dataset_of(folder: Path, labels: dict[str, np.ndarray], **facts) -> Dataset:
     return Dataset("made-up", tuple(cases), **settings)
 
 
-def manifest_of(folder: Path, entries: dict[str, dict]) -> None:
-    run = {"preset": "baseline", "seed": 3, "train_domains": ["south", "west"], "commit": "abc"}
+def manifest_of(folder: Path, entries: dict[str, dict], **plan) -> None:
+    run = {"preset": "baseline", "seed": 3, "train_domains": ["south", "west"], "commit": "abc", "plan": plan}
     content = {"origin": "0123", "runs": [run], "cases": entries}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "predictions.json").write_text(json.dumps(content))
@@ -186,12 +188,68 @@ def test_files_of_labels_may_use_other_values_than_masks(tmp_path: Path) -> None
     truth = np.zeros((9, 11), np.uint8)
     truth[2:6, 3:8] = 255
     dataset = dataset_of(tmp_path, {"a": truth}, classes=("background", "organ"), label_values=(0, 255))
-    write_array(tmp_path / "masks" / "a.png", truth // 255)
-    result = evaluate(tmp_path / "masks", dataset)
-    assert [r["value"] for r in result.rows if r["metric"] == "dice"] == [1.0]
-    write_array(tmp_path / "masks" / "a.png", truth)
-    result = evaluate(tmp_path / "masks", dataset)
-    assert "class index 255; expected 0 to 1" in result.failed["a"]
+    ours, others = tmp_path / "ours", tmp_path / "others"
+    manifest_of(ours, {"a": done("a") | {"mask": "a.png"}})
+    for folder, array in ((ours, truth // 255), (others, truth)):
+        write_array(folder / "a.png", array)
+        rows = evaluate(folder, dataset).rows
+        assert [r["value"] for r in rows if r["metric"] == "dice"] == [1.0]
+    for folder, array, message in (
+        (ours, truth, "class index 255; expected 0 to 1"),
+        (others, truth // 255, "values 0, 1, which look like class indices; expected .* label values 0, 255"),
+        (others, truth // 2, "label value 127; expected only 0, 255"),
+    ):
+        write_array(folder / "a.png", array)
+        assert re.search(message, evaluate(folder, dataset).failed["a"])
+
+
+CLASSES = ["background", "organ", "tumour"]
+WHOLE = {"regions": [[1, 2], [2]], "region_names": ["whole", "core"], "region_classes": [1, 2]}
+UNNAMED = ["background", "class_1", "class_2"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "facts", "message"),
+    [
+        ({"classes": CLASSES}, {}, ""),
+        ({"classes": ["nothing", *CLASSES[1:]]}, {}, ""),
+        (
+            {"classes": ["background", "tumour", "organ"]},
+            {},
+            "masks of tumour, organ; expected organ, tumour in",
+        ),
+        ({"classes": ["background", "organ"]}, {}, "masks of organ; expected organ, tumour"),
+        ({"classes": UNNAMED}, {}, ""),
+        ({"classes": UNNAMED[:2]}, {}, ""),
+        ({"classes": [*UNNAMED, "class_3"]}, {}, r"4 classes \(.*\); expected at most the 3 of made-up"),
+        ({"classes": [*CLASSES, "vessel"]}, {"classes": tuple(UNNAMED)}, "4 classes"),
+        ({"classes": UNNAMED, **WHOLE}, {"classes": tuple(UNNAMED), **WHOLE}, ""),
+        ({"classes": UNNAMED, **WHOLE}, {"classes": tuple(CLASSES)}, r"masks of whole \(1\+2\), core \(2\);"),
+        (
+            {"classes": UNNAMED, **WHOLE, "regions": [[1, 2], [1]]},
+            {"classes": tuple(UNNAMED), **WHOLE},
+            r"core \(1\); expected whole \(1\+2\), core \(2\)",
+        ),
+    ],
+)
+def test_masks_of_other_classes_are_refused_before_any_is_scored(
+    tmp_path: Path, plan: dict, facts: dict, message: str
+) -> None:
+    facts = {k: tuple(tuple(x) if isinstance(x, list) else x for x in v) for k, v in facts.items()}
+    dataset = dataset_of(tmp_path, {"a": boxes()}, **facts)
+    write_array(tmp_path / "masks" / "a.nii.gz", boxes())
+    manifest_of(tmp_path / "masks", {"a": done("a")}, **plan)
+    if not message:
+        assert not evaluate(tmp_path / "masks", dataset).failed
+        return
+    with pytest.raises(DataError, match=message):
+        evaluate(tmp_path / "masks", dataset)
+    assert not (tmp_path / "masks" / ROWS).exists()
+
+
+def test_scoring_needs_no_torch() -> None:
+    command = "import sys, anysite.evaluate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -243,7 +301,7 @@ def test_shares_of_several_machines_are_scored_together(tmp_path: Path) -> None:
     for number, name in enumerate("ab", start=1):
         write_array(folder / f"{name}.nii.gz", boxes())
         manifest_of(folder, {name: done(name)})
-        (folder / "predictions.json").rename(predict.manifest_path(folder, f"{number}/2"))
+        (folder / "predictions.json").rename(manifest_path(folder, f"{number}/2"))
     assert {row["case"] for row in evaluate(folder, dataset).rows} == {"a", "b"}
 
 

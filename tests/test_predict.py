@@ -11,9 +11,10 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from anysite import atomic, predict, runs
+from anysite import atomic, cli, predict, runs
 from anysite.data import files
 from anysite.data.case import Case, Dataset
 from anysite.data.layouts import open_dataset, open_images
@@ -204,9 +205,8 @@ def test_a_case_that_fails_is_named_and_the_rest_goes_on(phantom: Dataset, run: 
     output = tmp_path / "out"
     segment([run], few(phantom), output)
     cases = (first, replace(second, image_paths=(damaged,)), third)
-    (output / "predictions.json").unlink()
     outcomes = list(predict.predict([run], cases, output))
-    assert [o.status for o in outcomes] == ["done", "failed", "done"]
+    assert [o.status for o in outcomes] == ["skipped", "failed", "skipped"]
     assert str(damaged) in outcomes[1].error
     entry = predict.read_manifests(output)["cases"][second.id]
     assert (entry["status"], "mask" in entry) == ("failed", False)
@@ -276,11 +276,167 @@ def test_masks_never_replace_images_or_labels(phantom: Dataset, run: Run) -> Non
         assert path.read_bytes() == before
 
 
-def test_cases_the_runs_never_heard_of_have_an_unknown_split(
+@pytest.mark.parametrize("suffix", [".png", ".npz"])
+def test_files_of_others_are_neither_replaced_nor_deleted(
+    phantom: Dataset, run: Run, tmp_path: Path, suffix: str
+) -> None:
+    images, labels = tmp_path / "images", tmp_path / "masks"
+    images.mkdir()
+    labels.mkdir()
+    for case in few(phantom):
+        (images / f"{case.id}.png").write_bytes(case.image_paths[0].read_bytes()[:99])  # every one fails
+        (labels / f"{case.id}{suffix}").write_bytes(b"a label drawn by hand")
+    with pytest.raises(
+        ConfigError, match=rf"{suffix} and 2 more files would be replaced, but .* did not write"
+    ):
+        segment([run], open_images(images), labels, save_probabilities=True)
+    assert {path.read_bytes() for path in labels.iterdir()} == {b"a label drawn by hand"}
+    assert len(list(labels.iterdir())) == 3
+    if suffix == ".npz":  # nor without probabilities, when a case fails or is done
+        for cases, status in ((open_images(images), "failed"), (few(phantom), "done")):
+            assert set(segment([run], cases, labels).values()) == {status}
+            assert {path.read_bytes() for path in labels.glob("*.npz")} == {b"a label drawn by hand"}
+
+
+def test_a_mask_altered_by_hand_outlives_a_failure(phantom: Dataset, run: Run, tmp_path: Path) -> None:
+    first, second = few(phantom, 2)
+    segment([run], (first, second), tmp_path)
+    corrected = tmp_path / f"{first.id}.png"
+    corrected.write_bytes(b"corrected")
+    absent = [replace(case, image_paths=(tmp_path / f"absent-{case.id}.png",)) for case in (first, second)]
+    assert set(segment([run], absent, tmp_path).values()) == {"failed"}
+    assert corrected.read_bytes() == b"corrected"
+    assert not (tmp_path / f"{second.id}.png").exists()
+
+
+def test_another_image_under_a_known_id_is_predicted_again(
     phantom: Dataset, run: Run, tmp_path: Path
 ) -> None:
-    segment([run], [replace(phantom.cases[0], id="new")], tmp_path)
-    assert predict.read_manifests(tmp_path)["cases"]["new"]["split"] == "unknown"
+    first, second = few(phantom, 2)
+    image = tmp_path / "image.png"
+    case = replace(first, image_paths=(image,))
+    for source, statuses in ((first, ["done", "skipped"]), (second, ["done", "skipped"])):
+        image.write_bytes(source.image_paths[0].read_bytes())
+        for status in statuses:
+            assert segment([run], [case], tmp_path / "out") == {case.id: status}
+        entry = predict.read_manifests(tmp_path / "out")["cases"][case.id]
+        assert entry["image_sha256"] == [atomic.sha256(image)]
+
+
+def test_an_interrupted_call_continues(
+    phantom: Dataset, run: Run, other_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a mask and its entry, and with other runs' masks still there."""
+    segment([other_run], few(phantom), tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(predict, "image_digests", lambda case: (_ for _ in ()).throw(KeyboardInterrupt))
+        for folder in (tmp_path, tmp_path / "fresh"):
+            with pytest.raises(KeyboardInterrupt):
+                segment([run], few(phantom), folder)
+            assert (folder / f"{phantom.cases[0].id}.png").is_file()
+            assert predict.read_manifests(folder)["cases"] == {}
+    for folder in (tmp_path, tmp_path / "fresh"):
+        assert set(segment([run], few(phantom), folder).values()) == {"done"}
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
+            "OutOfMemoryError: CUDA out of memory.",
+        ),
+        (RuntimeError("sizes differ"), "RuntimeError: sizes differ"),
+        (MemoryError(), "MemoryError"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_memory_that_runs_out_fails_one_case_alone(
+    phantom: Dataset, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
+) -> None:
+    segment_one, large = Segmenter.segment, few(phantom)[1].image().array
+
+    def exhaust(segmenter: Segmenter, image: Volume):
+        if np.array_equal(image.array, large):
+            raise error
+        return segment_one(segmenter, image)
+
+    monkeypatch.setattr(Segmenter, "segment", exhaust)
+    outcomes = list(predict.predict([run], few(phantom), tmp_path))
+    assert [o.status for o in outcomes] == ["done", "failed", "done"]
+    assert (
+        outcomes[1].error == predict.read_manifests(tmp_path)["cases"][outcomes[1].case.id]["error"] == text
+    )
+
+
+def test_probabilities_of_an_earlier_run_are_not_taken_for_this_ones(
+    phantom: Dataset, run: Run, other_run: Run, tmp_path: Path
+) -> None:
+    case = phantom.cases[0]
+    segment([run], [case], tmp_path, save_probabilities=True)
+    segment([other_run], [case], tmp_path)
+    assert not (tmp_path / f"{case.id}.npz").exists()
+    assert segment([other_run], [case], tmp_path, save_probabilities=True) == {case.id: "done"}
+
+
+def test_the_site_decides_about_ids_of_other_datasets(phantom: Dataset, run: Run, other_run: Run) -> None:
+    trained, held_out = run.splits["training"][0], run.splits["held_out"][0]
+    by_id = {case.id: case for case in phantom.cases}
+    elsewhere = replace(by_id[trained], domain="south")
+    new = replace(by_id[trained], id="new")  # at a site that was trained on
+    assert predict.split_of(by_id[trained], [run]) == "training"
+    assert predict.split_of(by_id[held_out], [run]) == "in_domain"
+    assert predict.split_of(elsewhere, [run]) == "unseen"
+    assert predict.split_of(new, [run]) == "unknown"
+    assert predict.split_of(replace(new, domain="west"), [run]) == "unseen"
+    assert predict.split_of(replace(new, domain="west"), [run, other_run]) == "unknown"
+    assert predict.split_of(by_id[trained], [run], sites_known=False) == "unknown"
+
+
+def test_the_command_leaves_out_what_was_trained_on_and_no_namesakes(
+    phantom: Dataset, phantom_folder: Path, run: Run, tmp_path: Path
+) -> None:
+    trained = [case for case in phantom.cases if case.id in run.splits["training"]]
+    for folder in (tmp_path / "plain", tmp_path / "data" / "south" / "images"):  # images of other places
+        folder.mkdir(parents=True)
+        for case in trained:
+            (folder / f"{case.id}.png").write_bytes(case.image_paths[0].read_bytes())
+    for source, ids, splits in (
+        (phantom_folder, {c.id for c in phantom.cases} - {c.id for c in trained}, {"in_domain", "unseen"}),
+        (tmp_path / "plain", {c.id for c in trained}, {"unknown"}),
+        (tmp_path / "data", {c.id for c in trained}, {"unseen"}),
+    ):
+        cli.predict([run.path, source], tmp_path / f"masks of {source.name}")
+        manifest = predict.read_manifests(tmp_path / f"masks of {source.name}")
+        assert manifest["cases"].keys() == ids
+        assert {entry["split"] for entry in manifest["cases"].values()} == splits
+        assert manifest["dataset"]["name"] == source.name
+
+
+def test_an_input_is_a_dataset_or_images_of_unknown_sites(
+    phantom: Dataset, phantom_folder: Path, run: Run, tmp_path: Path
+) -> None:
+    dataset, sites_known = predict.open_input(phantom_folder, run.plan)
+    assert (dataset, sites_known) == (phantom, True)
+    images, sites_known = predict.open_input(phantom.cases[0].image_paths[0].parent, run.plan)
+    assert (images.name, images.classes, sites_known) == ("images", run.plan.classes, False)
+    site = tmp_path / "site"
+    (site / "images").mkdir(parents=True)
+    (site / "images" / "a.png").write_bytes(phantom.cases[0].image_paths[0].read_bytes())
+    unlabelled, sites_known = predict.open_input(site, run.plan)
+    assert (unlabelled.cases[0].domain, unlabelled.classes, sites_known) == ("site", run.plan.classes, True)
+    (tmp_path / "index.csv").write_text("id,image\n")
+    with pytest.raises(DataError, match="no column 'case'"):
+        predict.open_input(tmp_path, run.plan)
+
+
+def test_the_manifest_describes_the_dataset_that_was_predicted(
+    phantom: Dataset, run: Run, tmp_path: Path
+) -> None:
+    values = tuple(50 * index for index in range(len(phantom.classes)))
+    segment([run], few(phantom, 1), tmp_path, dataset=replace(phantom, name="other", label_values=values))
+    described = predict.read_manifests(tmp_path)["dataset"]
+    assert described == {"name": "other", "classes": list(phantom.classes), "label_values": list(values)}
 
 
 @pytest.mark.parametrize(

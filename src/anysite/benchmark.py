@@ -221,7 +221,7 @@ def _score(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Row]:
             "no case is left to score", where=job.dataset, fix="set train.validation_fraction above 0"
         )
     began = time.monotonic()
-    failures = [o for o in predict([run], cases, folder / "masks") if o.status == "failed"]
+    failures = [o for o in predict([run], cases, folder / "masks", dataset=dataset) if o.status == "failed"]
     predicting_s = time.monotonic() - began
     # The splits list the sites in the order of their cases, which may differ from the job's.
     context = {

@@ -212,27 +212,21 @@ def predict(
     _trust(plugin)
     from anysite import console, runs
     from anysite import predict as prediction
-    from anysite.data.layouts import open_images
 
     *folders, source = runs_and_input
     opened = [runs.open_run(folder) for folder in folders]
-    cases = open_images(source)
-    trained_on = {name for run in opened for name in run.splits["training"]}
+    dataset, sites_known = prediction.open_input(source, opened[0].plan)
+    cases = dataset.cases
     if not include_training:
-        kept = tuple(case for case in cases if case.id not in trained_on)
-        if len(kept) < len(cases):
-            console.say(
-                f"{len(cases) - len(kept)} cases were trained on and are left out (--include-training keeps them)"
-            )
-        cases = kept
+        cases = tuple(c for c in cases if prediction.split_of(c, opened, sites_known) != "training")
+        if left_out := len(dataset.cases) - len(cases):
+            console.say(f"{left_out} cases were trained on and are left out (--include-training keeps them)")
     share = prediction.select_part(cases, part)
-    plan = opened[0].plan
-    described = {"name": source.name, "classes": plan.classes, "label_values": plan.label_values}
     count: dict[str, int] = {"done": 0, "skipped": 0, "failed": 0}
     with console.case_bar(len(share), "predicting") as advance:
         for outcome in prediction.predict(
             opened, cases, output, flips=flips, save_probabilities=save_probabilities, part=part,
-            dataset=described, accelerator=accelerator,
+            dataset=dataset, sites_known=sites_known, accelerator=accelerator,
         ):  # fmt: skip
             count[outcome.status] += 1
             advance(outcome)

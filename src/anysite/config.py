@@ -142,8 +142,8 @@ class TrainSettings(Settings):
     validation_cases: int = Field(default=8, ge=0, description="at most so many cases a validation")
     checkpoint_every: int = Field(default=250, gt=0)
     cache_memory_gb: float = Field(default=8.0, ge=0, description="above this, prepared cases wait on disk")
-    prefetch: bool = Field(
-        default=True, description="prepare the next batch in a thread while the network works"
+    prefetch: bool | None = Field(
+        default=None, description="prepare batches in a thread beside the network; none: only beside a GPU"
     )
     threads: int = Field(default=0, ge=0, description="CPU threads; 0: all cores")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ import numpy as np
 from anysite import atomic
 from anysite.data import files
 from anysite.data.case import Case, Dataset
-from anysite.errors import AnysiteError, DataError, FileFormatError, GeometryError
+from anysite.data.volume import Volume
+from anysite.errors import AnysiteError, DataError, FileFormatError, GeometryError, LabelError
+from anysite.manifest import MANIFESTS, mask_suffix, read_manifests
 from anysite.metrics import Score, score_case
-from anysite.predict import mask_suffix, read_manifests
 
 ROWS, SUMMARY = "rows.jsonl", "summary.json"
 
@@ -44,14 +46,16 @@ def evaluate(
     """Score every mask in a folder against the dataset's labels, and write rows and summary beside the masks.
 
     Masks are compared on the label's own grid, in mm where the spacing is known, in pixels elsewhere. Masks of
-    other programs are found by case id; what their model was trained on is then unknown.
+    other programs are found by case id and hold the dataset's label values; what their model was trained on is
+    unknown.
 
     Args:
         tolerance: Of the surface Dice, in mm or px.
         context: Fields to add to every row, such as the method's name.
 
     Raises:
-        DataError: no case of the dataset has a label, or none of those has a mask in the folder.
+        DataError: no case of the dataset has a label, none of those has a mask in the folder, or the masks
+            are of other classes.
         FileFormatError: there is no such folder, or its manifest cannot be read.
     """
     folder = Path(predictions)
@@ -59,7 +63,8 @@ def evaluate(
         raise FileFormatError("no such folder", where=folder, expected="a folder of masks named after cases")
     if not dataset.labelled:
         raise DataError("no case with a label", where=dataset.name, fix="score on a dataset that has labels")
-    manifest = read_manifests(folder) if any(folder.glob("predictions*.json")) else {"cases": {}, "runs": []}
+    manifest = read_manifests(folder) if any(folder.glob(MANIFESTS)) else {"cases": {}, "runs": []}
+    _require_same_classes(manifest, dataset, folder)
     common = _describe(manifest, dataset) | (context or {})
     found = [
         (case, path) for case in dataset.labelled if (path := _find_mask(folder, case, manifest)) is not None
@@ -77,7 +82,7 @@ def evaluate(
     def score(pair: tuple[Case, Path]) -> tuple[Case, list[Score] | str]:
         case, path = pair
         try:
-            result: list[Score] | str = _score_mask(case, path, dataset, tolerance)
+            result: list[Score] | str = _score_mask(case, path, dataset, bool(manifest["runs"]), tolerance)
         except AnysiteError as error:
             result = str(error)
         on_case(case.id)
@@ -174,7 +179,7 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _score_mask(case: Case, path: Path, dataset: Dataset, tolerance: float) -> list[Score]:
+def _score_mask(case: Case, path: Path, dataset: Dataset, ours: bool, tolerance: float) -> list[Score]:
     label = dataset.class_indices(case.label(), where=case.label_path)
     mask = files.read_label(path)
     if not mask.same_grid(label):
@@ -183,6 +188,8 @@ def _score_mask(case: Case, path: Path, dataset: Dataset, tolerance: float) -> l
             where=path,
             expected=f"the label's shape {label.shape} and spacing {_listed(label.spacing)}, at the same place",
         )
+    if not ours:
+        mask = _as_class_indices(mask, path, dataset)
     beyond = int(mask.array.max())
     if beyond >= len(dataset.classes):
         raise DataError(f"class index {beyond}", where=path, expected=f"0 to {len(dataset.classes) - 1}")
@@ -190,6 +197,59 @@ def _score_mask(case: Case, path: Path, dataset: Dataset, tolerance: float) -> l
     groups = dataset.regions or [(index,) for index in range(1, len(dataset.classes))]
     masks_of = [(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
     return score_case(mask.array[0], label.array[0], masks_of, label.spacing, label.unit, tolerance)
+
+
+def _as_class_indices(mask: Volume, path: Path, dataset: Dataset) -> Volume:
+    """Return the mask of another program, which holds the label values of the dataset, as class indices."""
+    if dataset.label_values == tuple(range(len(dataset.classes))):
+        return mask
+    found = set(np.unique(mask.array).tolist())
+    if found <= set(range(len(dataset.classes))) and not found <= set(dataset.label_values):
+        raise LabelError(
+            f"values {', '.join(map(str, sorted(found)))}, which look like class indices",
+            where=path,
+            expected=f"the dataset's label values {', '.join(map(str, dataset.label_values))}",
+            fix="write masks of other programs with the label values of the dataset",
+        )
+    return dataset.class_indices(mask, where=path)
+
+
+def _require_same_classes(manifest: dict[str, Any], dataset: Dataset, folder: Path) -> None:
+    plan = manifest["runs"][0].get("plan", {}) if manifest["runs"] else {}
+    classes, regions = plan.get("classes"), plan.get("region_names", [])
+    if not classes:  # masks of another program
+        return
+    automatic = _is_automatic(classes) and not regions
+    if automatic or (_is_automatic(dataset.classes) and not dataset.regions):
+        if len(classes) > len(dataset.classes):
+            raise DataError(
+                f"{len(classes)} classes ({', '.join(classes)})",
+                where=folder,
+                expected=f"at most the {len(dataset.classes)} of {dataset.name} ({', '.join(dataset.classes)})",
+                fix="score on a dataset of the same classes",
+            )
+        return
+    found = _list_targets(classes, regions, plan.get("regions", []))
+    expected = _list_targets(dataset.classes, dataset.region_names, dataset.regions)
+    if found != expected:
+        raise DataError(
+            f"masks of {', '.join(found)}",
+            where=folder,
+            expected=f"{', '.join(expected)} in this order, as {dataset.name} has them",
+            fix="score on a dataset of the same classes, or put those of its dataset.json in the order of the run",
+        )
+
+
+def _is_automatic(classes: Sequence[str]) -> bool:
+    """Tell whether nobody declared the names, as `infer_classes` gives them."""
+    return list(classes[1:]) == ["foreground"] or all(re.fullmatch(r"class_\d+", c) for c in classes[1:])
+
+
+def _list_targets(
+    classes: Sequence[str], region_names: Sequence[str], regions: Sequence[Sequence[int]]
+) -> list[str]:
+    members = [f"{name} ({'+'.join(map(str, r))})" for name, r in zip(region_names, regions, strict=True)]
+    return members or list(classes[1:])
 
 
 def _find_mask(folder: Path, case: Case, manifest: dict[str, Any]) -> Path | None:

@@ -72,7 +72,10 @@ class Training:
     def __post_init__(self) -> None:
         self.settings: TrainSettings = self.config.train
         optimizer = torch.optim.AdamW(
-            self.learner.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
+            self.learner.parameters(),
+            lr=self.settings.learning_rate,
+            weight_decay=self.settings.weight_decay,
+            fused=True,
         )
         self.wrapped, self.optimizer = self.fabric.setup(self.learner, optimizer)
         self.steps = self.settings.steps
@@ -111,8 +114,11 @@ class Training:
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batch of every step to come, prepared ahead; count how long the network waits for them."""
+        ahead = self.settings.prefetch
+        if ahead is None:  # on a CPU the thread would take from the network more time than it saves
+            ahead = self.fabric.device.type != "cpu"
         waiting = time.monotonic()
-        for batch in self.sampler.batches(range(self.step, self.steps), ahead=self.settings.prefetch):
+        for batch in self.sampler.batches(range(self.step, self.steps), ahead=ahead):
             self.waited_s += time.monotonic() - waiting
             yield batch.to(self.fabric.device)
             waiting = time.monotonic()

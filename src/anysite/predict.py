@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,35 @@ from jaxtyping import Float
 
 from anysite import __version__, atomic, runs
 from anysite.data import files
-from anysite.data.case import Case
+from anysite.data.case import Case, Dataset
+from anysite.data.layouts import find_cases, open_dataset, open_images
 from anysite.data.volume import Volume
 from anysite.errors import AnysiteError, ConfigError, DataError, FileFormatError
+from anysite.manifest import (
+    Manifest,
+    describe_case,
+    describe_dataset,
+    image_digests,
+    manifest_path,
+    mask_name,
+    probabilities_name,
+    read_manifests,
+)
+from anysite.plan import Plan
 from anysite.runs import Run
 from anysite.segment import Prediction, Segmenter
 
-MANIFEST = "predictions.json"
+__all__ = [
+    "CaseOutcome",
+    "manifest_path",
+    "open_input",
+    "predict",
+    "read_manifests",
+    "read_probabilities",
+    "select_part",
+    "split_of",
+    "write_probabilities",
+]
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,38 @@ def select_part(cases: Sequence[Case], part: str) -> tuple[Case, ...]:
     return tuple(cases[int(index) - 1 :: int(count)])
 
 
+def open_input(path: Path, plan: Plan) -> tuple[Dataset, bool]:
+    """Return the images at `path`, and whether they are a dataset, which knows the sites of its cases.
+
+    A folder of images or one image names no sites. Classes that no dataset.json declares and no label shows
+    are those of the plan.
+
+    Raises:
+        DataError: nothing that can be read lies there.
+    """
+    try:
+        dataset = find_cases(path)
+    except DataError:
+        cases = open_images(path)  # says again what is wrong where it is a dataset after all
+        return Dataset(path.resolve().name, cases, plan.classes, plan.label_values), False
+    try:
+        return open_dataset(path), True
+    except DataError:  # labels that are missing or damaged hinder no prediction
+        return Dataset(dataset.name, dataset.cases, plan.classes, plan.label_values), True
+
+
+def split_of(case: Case, run_folders: Sequence[Run], sites_known: bool = True) -> str:
+    """Return what a case was to the runs: "training", "in_domain" (held out), "unseen" (site) or "unknown".
+
+    A case of a site that was not trained on is unseen whatever its id, since other datasets use the same ids.
+    Of several runs the one that may have seen most counts.
+    """
+    if not sites_known:
+        return "unknown"
+    found = {_role_of(case, run) for run in run_folders}
+    return next(split for split in ("training", "unknown", "in_domain", "unseen") if split in found)
+
+
 def predict(
     run_folders: Sequence[Run],
     cases: Sequence[Case],
@@ -53,83 +106,54 @@ def predict(
     flips: bool | None = None,
     save_probabilities: bool = False,
     part: str = "1/1",
-    dataset: dict[str, Any] | None = None,
+    dataset: Dataset | None = None,
+    sites_known: bool = True,
     accelerator: str = "auto",
 ) -> Iterator[CaseOutcome]:
     """Segment cases one by one into `output`, yielding what became of each.
 
     A mask is written beside others under its case id, on the image's grid and in the image's kind of file,
-    read back, and only then entered in the manifest as done; a case done before by the same runs is skipped.
-    A case that fails is entered with its error and the rest goes on.
+    read back, and only then entered in the manifest as done; a case done before by the same runs from the same
+    image is skipped. A case that fails is entered with its error and the rest goes on.
+
+    Args:
+        dataset: What the cases are of, for the manifest.
+        sites_known: Whether the domains of the cases are sites, and not just names of folders.
 
     Raises:
         DataError: two cases with one id.
-        ConfigError: a malformed part, or an output folder where a mask would replace an image or label.
+        ConfigError: a malformed part, or an output folder where a mask would replace a file that is not ours.
         FileFormatError: the output folder cannot be written.
         RunError: runs that cannot be averaged.
     """
     _require_unique(cases)
     _require_apart(cases, output)
+    share = select_part(cases, part)
     settings = run_folders[0].config.predict
     if flips is not None:
         settings = settings.model_copy(update={"flips": flips})
-    path = manifest_path(output, part)
     origin = {
         "runs": [run.manifest["files"][runs.WEIGHTS] for run in run_folders],
         "settings": settings.model_dump(),
     }
-    manifest = _open_manifest(path, runs.fingerprint(origin))
-    manifest |= {"anysite": __version__, "created": runs.now(), "dataset": dataset or {}}
-    manifest["runs"] = [_describe_run(run) for run in run_folders]
-    manifest["settings"] = settings.model_dump(mode="json")
-    _write_manifest(path, manifest)
+    facts = {
+        "anysite": __version__,
+        "created": runs.now(),
+        "dataset": describe_dataset(dataset) if dataset else {},
+        "runs": [_describe_run(run) for run in run_folders],
+        "settings": settings.model_dump(mode="json"),
+    }
+    manifest = Manifest(output, part, runs.fingerprint(origin), facts)
+    manifest.require_free([name for case in share for name in _outputs_of(case, save_probabilities)])
+    manifest.write()
     segmenter: Segmenter | None = None
-    for case in select_part(cases, part):
-        if _is_done(manifest["cases"].get(case.id), output, save_probabilities):
+    for case in share:
+        if manifest.is_done(case, save_probabilities):
             yield CaseOutcome(case, "skipped")
             continue
         segmenter = segmenter or Segmenter(run_folders, settings, accelerator)
-        began = time.monotonic()
-        entry = _describe_case(case, run_folders, output)
-        try:
-            entry |= _predict_case(segmenter, case, output, save_probabilities)
-            outcome = CaseOutcome(case, "done", time.monotonic() - began)
-        except AnysiteError as error:
-            outcome = CaseOutcome(case, "failed", time.monotonic() - began, str(error))
-            entry |= {"status": "failed", "error": _without_folders(str(error), case, output)}
-            # A mask of an earlier run would pass for this one's.
-            _mask_path(case, output).unlink(missing_ok=True)
-            _probabilities_path(case, output).unlink(missing_ok=True)
-        entry["seconds"] = round(outcome.seconds, 3)
-        manifest["cases"][case.id] = entry
-        _write_manifest(path, manifest)
-        yield outcome
-
-
-def manifest_path(output: Path, part: str = "1/1") -> Path:
-    """Return where the manifest of one part lies; parts run at once and must not share a file."""
-    return output / (MANIFEST if part == "1/1" else f"predictions.{part.replace('/', '-of-')}.json")
-
-
-def read_manifests(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a prediction folder, all its parts joined.
-
-    Raises:
-        FileFormatError: no manifest is there, or it is not one.
-        DataError: the parts were written by different runs.
-    """
-    paths = sorted(Path(folder).glob("predictions*.json"))
-    if not paths:
-        raise FileFormatError(f"no {MANIFEST}", where=folder, expected="a folder written by anysite predict")
-    parts = [_read_manifest(path) for path in paths]
-    if len({part.get("origin") for part in parts}) > 1:
-        raise DataError(
-            f"{', '.join(path.name for path in paths)} of different runs or settings",
-            where=folder,
-            fix="predict every part with the same runs, or delete the manifests that are out of date",
-        )
-    cases = {name: entry for part in parts for name, entry in part["cases"].items()}
-    return {"runs": [], **parts[0], "cases": cases}
+        split = split_of(case, run_folders, sites_known)
+        yield _attempt_case(segmenter, case, split, manifest, save_probabilities)
 
 
 def write_probabilities(probabilities: Volume, path: Path) -> None:
@@ -158,40 +182,64 @@ def read_probabilities(path: Path) -> Float[np.ndarray, "k *s"]:
         raise FileFormatError(f"not readable as probabilities ({error})", where=path) from error
 
 
-def mask_suffix(case: Case) -> str:
-    """Return the suffix of a case's mask: its image's own, or PNG where that kind would alter indices."""
-    suffix = files.suffix_of(case.image_paths[0])
-    return ".png" if suffix in (".jpg", ".jpeg") else suffix
-
-
-def _predict_case(segmenter: Segmenter, case: Case, output: Path, save_probabilities: bool) -> dict[str, Any]:
-    prediction: Prediction = segmenter.segment(case.image())
-    mask = _mask_path(case, output)
-    files.write_label(prediction.label, mask)
-    if save_probabilities:
-        write_probabilities(prediction.probabilities, _probabilities_path(case, output))
-    return {"status": "done", "mask": mask.name, "sha256": atomic.sha256(mask), "error": None}
-
-
-def _describe_case(case: Case, run_folders: Sequence[Run], output: Path) -> dict[str, Any]:
-    roles = {role for run in run_folders for role, ids in run.splits.items() if case.id in ids}
-    # A case that any member of an ensemble was trained on is a training case.
-    split = "training" if "training" in roles else "in_domain" if "held_out" in roles else "unseen"
-    return {
-        "images": [_locate(path, output) for path in case.image_paths],
-        "label": _locate(case.label_path, output) if case.label_path else None,
-        "patient": case.patient,
-        "domain": case.domain,
-        "split": split if roles else "unknown",
-    }
-
-
-def _locate(path: Path, output: Path) -> str:
-    """Return where a file lies as seen from the prediction folder, so that both may move together."""
+def _attempt_case(
+    segmenter: Segmenter, case: Case, split: str, manifest: Manifest, save_probabilities: bool
+) -> CaseOutcome:
+    """Predict one case, and enter in the manifest what became of it."""
+    began = time.monotonic()
+    entry = describe_case(case, manifest.output) | {"split": split}
+    manifest.claim(_outputs_of(case, save_probabilities))
+    error = ""
     try:
-        return os.path.relpath(path, output)
-    except ValueError:  # another drive on Windows
-        return str(path.absolute())
+        entry |= _predict_case(segmenter, case, manifest, save_probabilities)
+    # Memory that runs out for one large image, or a network that cannot take it, says nothing of the next.
+    except (AnysiteError, RuntimeError, MemoryError) as caught:
+        error = _describe_error(caught)
+        entry |= {"status": "failed", "error": _without_folders(error, case, manifest.output)}
+        # Files of an earlier call would pass for this one's.
+        manifest.remove_files(_outputs_of(case, probabilities=True))
+    seconds = time.monotonic() - began
+    manifest.cases[case.id] = entry | {"seconds": round(seconds, 3)}
+    manifest.write()
+    return CaseOutcome(case, "failed" if error else "done", seconds, error)
+
+
+def _predict_case(
+    segmenter: Segmenter, case: Case, manifest: Manifest, save_probabilities: bool
+) -> dict[str, Any]:
+    prediction: Prediction = segmenter.segment(case.image())
+    mask, probabilities = mask_name(case), probabilities_name(case)
+    files.write_label(prediction.label, manifest.output / mask)
+    digest = manifest.add_file(mask)
+    if save_probabilities:
+        write_probabilities(prediction.probabilities, manifest.output / probabilities)
+        manifest.add_file(probabilities)
+    else:
+        manifest.remove_files([probabilities])  # of another mask
+    images = image_digests(case)
+    return {"status": "done", "mask": mask, "sha256": digest, "image_sha256": images, "error": None}
+
+
+def _role_of(case: Case, run: Run) -> str:
+    if case.domain not in run.manifest.get("train_domains", [case.domain]):
+        return "unseen"
+    roles = {"training": "training", "held_out": "in_domain"}
+    return next((split for role, split in roles.items() if case.id in run.splits.get(role, ())), "unknown")
+
+
+def _outputs_of(case: Case, probabilities: bool) -> list[str]:
+    return [mask_name(case), *([probabilities_name(case)] if probabilities else [])]
+
+
+def _inputs_of(case: Case) -> list[Path]:
+    return [*case.image_paths, *([case.label_path] if case.label_path else [])]
+
+
+def _describe_error(error: Exception) -> str:
+    if isinstance(error, AnysiteError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _describe_run(run: Run) -> dict[str, Any]:
@@ -205,65 +253,16 @@ def _describe_run(run: Run) -> dict[str, Any]:
     }
 
 
-def _open_manifest(path: Path, origin: str) -> dict[str, Any]:
-    """Return the manifest so far, or an empty one where other runs or settings wrote it."""
-    content = _read_manifest(path) if path.is_file() else {}
-    return content if content.get("origin") == origin else {"origin": origin, "cases": {}}
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    content = atomic.read_json(path)
-    cases = content.get("cases") if isinstance(content, dict) else None
-    if not isinstance(cases, dict) or not all(
-        isinstance(entry, dict)
-        and entry.get("status") in ("done", "failed")
-        and ("mask" if entry["status"] == "done" else "error") in entry
-        for entry in cases.values()
-    ):
-        raise FileFormatError(
-            "not a manifest of predictions", where=path, fix="delete it to predict every case anew"
-        )
-    return content
-
-
-def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    try:
-        atomic.write_json(path, manifest)
-    except OSError as error:
-        raise FileFormatError(
-            f"cannot be written ({error.strerror})", where=path, fix="free space or choose another folder"
-        ) from error
-
-
-def _is_done(entry: dict[str, Any] | None, output: Path, save_probabilities: bool) -> bool:
-    if not entry or entry.get("status") != "done":
-        return False
-    mask = output / entry["mask"]
-    if save_probabilities and not mask.with_name(f"{files.stem_of(mask)}.npz").is_file():
-        return False
-    return mask.is_file() and atomic.sha256(mask) == entry.get("sha256")
-
-
-def _mask_path(case: Case, output: Path) -> Path:
-    return output / f"{case.id}{mask_suffix(case)}"
-
-
-def _probabilities_path(case: Case, output: Path) -> Path:
-    return output / f"{case.id}.npz"
-
-
 def _require_apart(cases: Sequence[Case], output: Path) -> None:
     folder = output.resolve()
-    for case in cases:
-        mask = _mask_path(case, folder)
-        labels = (case.label_path,) if case.label_path else ()
-        for path in (*case.image_paths, *labels):
-            if path.name == mask.name and path.resolve() == mask:
-                raise ConfigError(
-                    f"the mask of case {case.id!r} would replace {path.name}",
-                    where=output,
-                    fix="choose another output folder",
-                )
+    masks = {mask_name(case): case.id for case in cases}
+    for path in (path for case in cases for path in _inputs_of(case)):
+        if path.name in masks and path.resolve() == folder / path.name:
+            raise ConfigError(
+                f"the mask of case {masks[path.name]!r} would replace {path.name}",
+                where=output,
+                fix="choose another output folder",
+            )
 
 
 def _require_unique(cases: Sequence[Case]) -> None:
@@ -279,7 +278,6 @@ def _require_unique(cases: Sequence[Case]) -> None:
 
 def _without_folders(text: str, case: Case, output: Path) -> str:
     """Keep folder names, which may identify people, out of what is stored."""
-    text = text.replace(str(_mask_path(case, output)), _mask_path(case, output).name)
-    for path in (*case.image_paths, *((case.label_path,) if case.label_path else ())):
+    for path in (output / mask_name(case), *_inputs_of(case)):
         text = text.replace(str(path), path.name)
     return text

@@ -1,0 +1,127 @@
+"""The evidence page and the README's table, written from the rows in results/ and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from anysite.evaluate import Row, read_rows
+from anysite.statistics import Estimate, estimate_mean
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+MARKERS = ("<!-- table: written by make docs -->", "<!-- end of table -->")
+
+INTRODUCTION = """# Evidence
+
+Every number on this page is computed from the rows in `results/` by `make docs`; a test fails where page and rows
+differ. Dice is in points (x 100), averaged over classes, cases and seeds by patient first; brackets hold the 95 %
+interval over patients, which speaks of other patients for these trained networks. The spread over seeds is the
+standard deviation of the seeds' means. *In domain* are held-out patients of the training sites, *unseen* is the
+site left out altogether. The gap between the two compares different patients at different sites, so it also holds
+how much harder a site is. The trainings are short ones that fit two CPU cores: they measure the gap, not the best
+Dice that the data allow.
+
+The fundus images are DRIVE, STARE, CHASE_DB1 and HRF at 512 px; the cardiac ones M&Ms vendor A, centre 1, and ACDC
+(their true spacing is lost, so nothing is measured in mm); the hippocampus is Task04 of the Medical Segmentation
+Decathlon, one site, so there is no gap to measure. DATA stands for the folder that holds them.
+"""
+
+HEADER = [
+    "| data | trained on | tested on | in domain | unseen | gap | seeds (spread) | minutes a training |",
+    "|---|---|---|---|---|---|---|---|",
+]
+
+
+def describe_evidence() -> str:
+    """Return the evidence page."""
+    index: dict[str, dict[str, str]] = json.loads((RESULTS / "index.json").read_text(encoding="utf-8"))
+    lines = [INTRODUCTION, "## The gap of the baseline", "", *baseline_table(index), ""]
+    for name, entry in index.items():
+        if (RESULTS / name).is_file():
+            rows = read_rows(RESULTS / name)
+            commits = ", ".join(sorted({f"`{row['commit']}`" for row in rows}))
+            lines += [
+                f"## {entry['title']}",
+                "",
+                f"```\n{entry['command']}\n```",
+                "",
+                f"Commit {commits}. By class:",
+                "",
+            ]
+            lines += [*class_table(rows), ""]
+    return "\n".join(lines)
+
+
+def write_readme_table(readme: str) -> str:
+    """Return the README's text with its results table written anew."""
+    index: dict[str, dict[str, str]] = json.loads((RESULTS / "index.json").read_text(encoding="utf-8"))
+    before, _, rest = readme.partition(MARKERS[0])
+    after = rest.partition(MARKERS[1])[2]
+    return "\n".join([before + MARKERS[0], *baseline_table(index), MARKERS[1] + after])
+
+
+def baseline_table(index: dict[str, dict[str, str]]) -> list[str]:
+    """Return one row for every result file and set of training sites."""
+    lines = list(HEADER)
+    for name, entry in index.items():
+        if not (RESULTS / name).is_file():
+            continue
+        rows = [row for row in read_rows(RESULTS / name) if row["method"] == "baseline"]
+        for trained_on in dict.fromkeys(row["train_domains"] for row in rows):
+            chosen = [row for row in rows if row["train_domains"] == trained_on]
+            lines.append(f"| {entry['title']} | {trained_on.replace('+', ', ')} | {_summarise(chosen)} |")
+    return lines
+
+
+def class_table(rows: list[Row]) -> list[str]:
+    """Return Dice by training sites, tested site and class."""
+    lines = ["| trained on | site | split | patients | class | Dice |", "|---|---|---|---|---|---|"]
+    dice = [row for row in rows if row["metric"] == "dice" and row["value"] is not None]
+    keys = dict.fromkeys((r["train_domains"], r["domain"], r["split"], r["class"]) for r in dice)
+    for trained_on, domain, split, name in keys:
+        found = [
+            r
+            for r in dice
+            if (r["train_domains"], r["domain"], r["split"], r["class"]) == (trained_on, domain, split, name)
+        ]
+        estimate = estimate_mean([r["value"] for r in found], [_person(r) for r in found])
+        kind = "unseen" if split == "unseen" else "in domain"
+        sites = trained_on.replace("+", ", ")
+        lines.append(f"| {sites} | {domain} | {kind} | {estimate.n_patients} | {name} | {_text(estimate)} |")
+    return lines
+
+
+def _summarise(rows: list[Row]) -> str:
+    inside, outside = (_estimate(rows, split) for split in ("in_domain", "unseen"))
+    sites = ", ".join(dict.fromkeys(row["domain"] for row in rows if row["split"] == "unseen")) or "-"
+    gap = f"{100 * (inside.mean - outside.mean):.1f}" if inside and outside else "-"
+    shown = "unseen" if outside else "in_domain"
+    seeds = sorted({row["seed"] for row in rows})
+    means = [e.mean for seed in seeds if (e := _estimate([r for r in rows if r["seed"] == seed], shown))]
+    average = sum(means) / len(means)
+    spread = (sum((m - average) ** 2 for m in means) / max(1, len(means) - 1)) ** 0.5
+    seconds = [row["value"] for row in rows if row["metric"] == "train_seconds"]
+    seeds_text = f"{len(seeds)} ({100 * spread:.1f})"
+    return " | ".join(
+        [sites, _text(inside), _text(outside), gap, seeds_text, f"{sum(seconds) / len(seconds) / 60:.1f}"]
+    )
+
+
+def _estimate(rows: list[dict[str, Any]], split: str) -> Estimate | None:
+    chosen = [r for r in rows if (r["split"], r["metric"]) == (split, "dice") and r["value"] is not None]
+    return estimate_mean([r["value"] for r in chosen], [_person(r) for r in chosen]) if chosen else None
+
+
+def _person(row: Row) -> str:
+    """Return a name that two sites numbering their patients alike do not share."""
+    return f"{row['domain']}/{row['patient']}"
+
+
+def _text(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "-"
+    if estimate.low is None or estimate.high is None:
+        return f"{100 * estimate.mean:.1f} (n = 1)"
+    return f"{100 * estimate.mean:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}], n = {estimate.n_patients}"

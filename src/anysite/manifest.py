@@ -1,0 +1,204 @@
+"""The manifest of a prediction folder: what is done, from which images, and which files are its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from anysite import atomic
+from anysite.data import files
+from anysite.data.case import Case, Dataset
+from anysite.errors import ConfigError, DataError, FileFormatError
+
+MANIFEST, MANIFESTS = "predictions.json", "predictions*.json"
+
+
+class Manifest:
+    """The manifest of one part of a prediction folder, stored again after every change.
+
+    "files" lists what this and earlier runs wrote, with the digest; a file listed by no manifest of the folder
+    is somebody else's, and is neither replaced nor deleted.
+
+    Raises:
+        FileFormatError: a manifest that lies there is not one.
+    """
+
+    def __init__(self, output: Path, part: str, origin: str, facts: dict[str, Any]) -> None:
+        self.output, self.path = output, manifest_path(output, part)
+        self.digests: dict[str, set[str | None]] = {}
+        for path in output.glob(MANIFESTS):
+            for name, digest in _files_of(_read_manifest(path)).items():
+                self.digests.setdefault(name, set()).add(digest)
+        previous = _read_manifest(self.path) if self.path.is_file() else {"cases": {}}
+        self.files = _files_of(previous)
+        self.cases = previous["cases"] if previous.get("origin") == origin else {}
+        self.content = {"origin": origin, **facts, "cases": self.cases, "files": self.files}
+
+    def require_free(self, names: Iterable[str]) -> None:
+        """Refuse to replace files that no manifest of the folder lists.
+
+        Raises:
+            ConfigError: there is such a file.
+        """
+        present = {path.name for path in self.output.iterdir()} if self.output.is_dir() else set()
+        others = [name for name in names if name in present and name not in self.digests]
+        if others:
+            more = f" and {len(others) - 1} more files" if len(others) > 1 else ""
+            raise ConfigError(
+                f"{others[0]}{more} would be replaced, but anysite predict did not write them",
+                where=self.output,
+                fix="choose another output folder, or move those files away",
+            )
+
+    def is_done(self, case: Case, save_probabilities: bool) -> bool:
+        """Tell whether the files of a case lie there as they were written, from the very same image."""
+        entry = self.cases.get(case.id)
+        if not entry or entry["status"] != "done":
+            return False
+        written = {entry["mask"]: entry.get("sha256")}
+        if save_probabilities:
+            written[probabilities_name(case)] = self.files.get(probabilities_name(case))
+        try:
+            return (
+                all(atomic.sha256(self.output / name) == digest for name, digest in written.items())
+                and image_digests(case) == entry.get("image_sha256")
+            )  # fmt: skip
+        except OSError:  # one of them is gone
+            return False
+
+    def claim(self, names: Iterable[str]) -> None:
+        """List files before they are written, so that those of an interrupted call are known as its own."""
+        new = [name for name in names if name not in self.files]
+        self.files.update(dict.fromkeys(new))
+        if new:
+            self.write()
+
+    def add_file(self, name: str) -> str:
+        """List a file just written, and return its digest."""
+        digest = self.files[name] = atomic.sha256(self.output / name)
+        self.digests.setdefault(name, set()).add(digest)
+        return digest
+
+    def remove_files(self, names: Iterable[str]) -> None:
+        """Delete files of earlier calls, unless they were altered since."""
+        for name in names:
+            path = self.output / name
+            if path.is_file() and atomic.sha256(path) in self.digests.get(name, ()):
+                path.unlink()
+            if not path.exists():
+                self.files.pop(name, None)
+
+    def write(self) -> None:
+        """Store the manifest.
+
+        Raises:
+            FileFormatError: it cannot be written.
+        """
+        try:
+            atomic.write_json(self.path, self.content)
+        except OSError as error:
+            raise FileFormatError(
+                f"cannot be written ({error.strerror})",
+                where=self.path,
+                fix="free space or choose another folder",
+            ) from error
+
+
+def manifest_path(output: Path, part: str = "1/1") -> Path:
+    """Return where the manifest of one part lies; parts run at once and must not share a file."""
+    return output / (MANIFEST if part == "1/1" else f"predictions.{part.replace('/', '-of-')}.json")
+
+
+def read_manifests(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a prediction folder, all its parts joined.
+
+    Raises:
+        FileFormatError: no manifest is there, or it is not one.
+        DataError: the parts were written by different runs.
+    """
+    paths = sorted(Path(folder).glob(MANIFESTS))
+    if not paths:
+        raise FileFormatError(f"no {MANIFEST}", where=folder, expected="a folder written by anysite predict")
+    parts = [_read_manifest(path) for path in paths]
+    if len({part.get("origin") for part in parts}) > 1:
+        raise DataError(
+            f"{', '.join(path.name for path in paths)} of different runs or settings",
+            where=folder,
+            fix="predict every part with the same runs, or delete the manifests that are out of date",
+        )
+    cases = {name: entry for part in parts for name, entry in part["cases"].items()}
+    return {"runs": [], **parts[0], "cases": cases}
+
+
+def mask_name(case: Case) -> str:
+    """Return the file name of a case's mask."""
+    return f"{case.id}{mask_suffix(case)}"
+
+
+def mask_suffix(case: Case) -> str:
+    """Return the suffix of a case's mask: its image's own, or PNG where that kind would alter indices."""
+    suffix = files.suffix_of(case.image_paths[0])
+    return ".png" if suffix in (".jpg", ".jpeg") else suffix
+
+
+def probabilities_name(case: Case) -> str:
+    """Return the file name of a case's probabilities."""
+    return f"{case.id}.npz"
+
+
+def image_digests(case: Case) -> list[str]:
+    """Return the SHA-256 of every image file of a case."""
+    return [atomic.sha256(path) for path in case.image_paths]
+
+
+def describe_dataset(dataset: Dataset) -> dict[str, Any]:
+    """Return what a manifest says of the dataset that was predicted."""
+    return {
+        "name": dataset.name,
+        "classes": list(dataset.classes),
+        "label_values": list(dataset.label_values),
+    }
+
+
+def describe_case(case: Case, output: Path) -> dict[str, Any]:
+    """Return what a manifest says of a case before it is predicted."""
+    return {
+        "images": [_locate(path, output) for path in case.image_paths],
+        "label": _locate(case.label_path, output) if case.label_path else None,
+        "patient": case.patient,
+        "domain": case.domain,
+    }
+
+
+def _locate(path: Path, output: Path) -> str:
+    """Return where a file lies as seen from the prediction folder, so that both may move together."""
+    try:
+        return os.path.relpath(path, output)
+    except ValueError:  # another drive on Windows
+        return str(path.absolute())
+
+
+def _files_of(manifest: dict[str, Any]) -> dict[str, str | None]:
+    masks = {e["mask"]: e.get("sha256") for e in manifest["cases"].values() if e["status"] == "done"}
+    return masks | manifest.get("files", {})
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    content = atomic.read_json(path)
+    cases = content.get("cases") if isinstance(content, dict) else None
+    if (
+        not isinstance(cases, dict)
+        or not isinstance(content.get("files", {}), dict)
+        or not all(
+            isinstance(entry, dict)
+            and entry.get("status") in ("done", "failed")
+            and ("mask" if entry["status"] == "done" else "error") in entry
+            for entry in cases.values()
+        )
+    ):
+        raise FileFormatError(
+            "not a manifest of predictions", where=path, fix="delete it to predict every case anew"
+        )
+    return content
