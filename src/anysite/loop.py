@@ -75,7 +75,6 @@ class Training:
             self.learner.parameters(),
             lr=self.settings.learning_rate,
             weight_decay=self.settings.weight_decay,
-            fused=True,
         )
         self.wrapped, self.optimizer = self.fabric.setup(self.learner, optimizer)
         self.steps = self.settings.steps
