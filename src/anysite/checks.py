@@ -114,7 +114,7 @@ def _check_saving(network: Network, other: Network, image: Tensor, logits: Tenso
         saved = safetensors.torch.save(state)
     except RuntimeError as error:
         raise AssertionError(f"Network contract: no state for safetensors: {error}") from error
-    other.load_state_dict(safetensors.torch.load(saved))
+    other.load_state_dict(safetensors.torch.load(saved))  # safetensors, not a pickle
     _require(torch.equal(other(image), logits), "a loaded copy gives other logits than the original")
 
 
