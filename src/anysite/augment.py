@@ -305,6 +305,6 @@ def _per_channel(image: Tensor) -> tuple[int, ...]:
 
 
 def _mean_and_deviation(flat: Tensor) -> tuple[Tensor, Tensor]:
-    # On a CPU some twenty times faster than torch.var_mean.
+    # On a CPU quicker than torch.var_mean.
     mean = flat.mean(2, keepdim=True)
     return mean, torch.linalg.vector_norm(flat - mean, dim=2, keepdim=True) / math.sqrt(flat.shape[2])
