@@ -147,8 +147,8 @@ def test_the_total_is_the_weighted_sum_and_every_objective_sees_one_step() -> No
     domain = torch.tensor([0, 1])
     losses = learner(image, label, domain, 0.25)
     assert {name: float(loss.detach()) for name, loss in losses.items()} == {
-        "first": 3,
-        "second": -1,
+        "first": 1.5,
+        "second": -2,
         "total": -0.5,
     }
     (step,) = first.steps
@@ -179,7 +179,7 @@ def test_an_objective_without_forward_says_so() -> None:
 @pytest.mark.parametrize("regions", [(), REGIONS], ids=["classes", "regions"])
 @pytest.mark.parametrize("name", registry.OBJECTIVES)
 def test_every_objective_keeps_the_contract(name: str, regions: Any, patch_size: tuple[int, ...]) -> None:
-    """A finite scalar whose gradient reaches the network, the same for the same step, in float32."""
+    """Finite scalars in float32 whose gradient reaches the network, and which add up to the total."""
     torch.manual_seed(0)
     config = load("baseline", [f"objectives={{{name} = {{weight = 0.5}}}}"])
     learner = build_learner(config, plan(patch_size, regions), DOMAINS)
@@ -187,11 +187,10 @@ def test_every_objective_keeps_the_contract(name: str, regions: Any, patch_size:
     for progress in (0.0, 0.5, 1.0):
         learner.zero_grad()
         losses = learner(image, label, torch.tensor([0, 1]), progress)
-        assert losses.keys() == {name, "total"}
-        assert losses[name].shape == ()
-        assert losses[name].dtype == torch.float32
-        assert torch.isfinite(losses[name])
-        torch.testing.assert_close(losses["total"], 0.5 * losses[name])
+        terms = [losses[term] for term in losses if term != "total"]
+        assert all(term == "total" or term.startswith(name) for term in losses)
+        assert all(t.shape == () and t.dtype == torch.float32 and torch.isfinite(t) for t in terms)
+        torch.testing.assert_close(losses["total"], torch.stack(terms).sum())
         losses["total"].backward()
         gradients = [p.grad for p in learner.network.parameters() if p.grad is not None]
         assert sum(float(g.abs().sum()) for g in gradients) > 0

@@ -23,6 +23,7 @@ def augment(
     label: Int[Tensor, "b *s"],
     settings: AugmentSettings,
     generator: torch.Generator,
+    domain: Int[Tensor, "b"] | None = None,
 ) -> tuple[Float[Tensor, "b c *s"], Int[Tensor, "b *s"]]:
     """Return a randomly altered copy of a batch; label values are only moved, never mixed.
 
@@ -36,6 +37,7 @@ def augment(
         label: Class indices.
         settings: Probabilities and ranges.
         generator: A CPU generator; the result depends on nothing else but the batch.
+        domain: Index of each sample's site, by which amplitude mixing chooses partners; none: one site.
 
     Raises:
         ConfigError: `settings.flip_axes` names an axis that the patch does not have.
@@ -47,7 +49,85 @@ def augment(
     with torch.autocast(image.device.type, enabled=False):
         _draw_geometry(altered, label, settings, generator)
         _draw_intensity(altered, settings, generator)
+        rows = _draw_rows(settings.amplitude_mixing, altered, generator)
+        if len(rows):
+            mixed = mix_with_partners(
+                altered, domain, settings.amplitude_own_share, settings.amplitude_window, generator
+            )
+            altered[rows] = mixed[rows]
     return altered.to(image.dtype), label
+
+
+def mix_with_partners(
+    image: Float[Tensor, "b c *s"],
+    domain: Int[Tensor, "b"] | None,
+    own_share: Range | Float[Tensor, "b"],
+    window: float,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "b c *s"]:
+    """Return each sample with the amplitudes of a sample of another site mixed in: random amplitude mixup.
+
+    Zhou, Qi, Shi, 2022, https://arxiv.org/abs/2208.03901. The weight of its own amplitude is
+    given, or drawn uniformly from a range.
+    """
+    domain = torch.zeros(len(image), dtype=torch.long) if domain is None else domain.cpu()
+    partner = choose_partners(domain, generator).to(image.device)
+    if not isinstance(own_share, Tensor):
+        own_share = _uniform((len(image),), own_share, generator)
+    return mix_amplitude(image, image[partner], own_share.to(image.device), window)
+
+
+def choose_partners(domain: Int[Tensor, "b"], generator: torch.Generator | None = None) -> Int[Tensor, "b"]:
+    """Return the index of a partner for every sample: a site other than its own, then a sample of that site.
+
+    Where the batch holds one site only, any other sample; the sample itself where it is alone.
+    """
+    other_site = domain[:, None] != domain
+    per_site = (domain[:, None] == domain).sum(0)
+    anything_else = ~torch.eye(len(domain), dtype=torch.bool)
+    chance = torch.where(other_site.any(1, keepdim=True), other_site / per_site, anything_else.float())
+    if len(domain) == 1:
+        chance = torch.ones(1, 1)
+    return torch.multinomial(chance, 1, generator=generator)[:, 0]
+
+
+def mix_amplitude(
+    image: Float[Tensor, "b c *s"],
+    partner: Float[Tensor, "b c *s"],
+    own_share: Float[Tensor, "b"],
+    window: float,
+) -> Float[Tensor, "b c *s"]:
+    """Mix the low-frequency amplitudes of two batches and keep the phases of the first, clamped to both ranges.
+
+    Args:
+        image: Intensities; the frequencies are those of its mixed axes, each channel by itself.
+        partner: Another image a sample, whose amplitudes are mixed in.
+        own_share: Weight of the image's own amplitude, 0 to 1; 1 changes nothing.
+        window: Half the side of the centred square or cube of frequencies, as a share of the shortest axis.
+    """
+    axes = [2 + axis for axis in mixed_axes(image.shape[2:])]
+    size = [image.shape[axis] for axis in axes]
+    precision = torch.promote_types(image.dtype, torch.float32)
+    own, other = (torch.fft.rfftn(x.to(precision), dim=axes) for x in (image, partner))
+    radius = int(window * min(size))
+    low: list[slice | Tensor] = [slice(None)] * image.dim()
+    for axis, n in zip(axes, size, strict=True):
+        frequency = torch.fft.fftfreq(n, 1 / n, device=image.device).round()[: own.shape[axis]]
+        low[axis] = (frequency.abs() <= radius).nonzero()[:, 0]
+    # Index tensors on several axes have to span a grid.
+    for position, axis in enumerate(axes):
+        index = low[axis]
+        assert isinstance(index, Tensor)
+        low[axis] = index.view(-1, *[1] * (len(axes) - 1 - position))
+    block = own[tuple(low)]
+    share = own_share.view(-1, *[1] * (image.dim() - 1))
+    amplitude = share * block.abs() + (1 - share) * other[tuple(low)].abs()
+    own[tuple(low)] = torch.polar(amplitude, block.angle())
+    mixed = torch.fft.irfftn(own, size, dim=axes)
+    flat, flat_partner = image.flatten(2), partner.flatten(2)
+    lowest = torch.minimum(flat.amin(2), flat_partner.amin(2)).view(_per_channel(image))
+    highest = torch.maximum(flat.amax(2), flat_partner.amax(2)).view(_per_channel(image))
+    return mixed.to(image.dtype).clamp(lowest, highest)
 
 
 def mixed_axes(shape: Sequence[int]) -> tuple[int, ...]:
@@ -284,7 +364,7 @@ def _draw_coefficients(
     return coefficients * strength.view(-1, *[1] * (1 + len(size)))
 
 
-def _uniform(shape: tuple[int, ...], limits: Range, generator: torch.Generator) -> Tensor:
+def _uniform(shape: tuple[int, ...], limits: Range, generator: torch.Generator | None) -> Tensor:
     return torch.empty(shape, dtype=torch.float32).uniform_(*limits, generator=generator)
 
 

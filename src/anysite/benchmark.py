@@ -48,8 +48,13 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """A digest of all that a result depends on beside the data and the program."""
-        return runs.fingerprint([self.settings.model_dump(mode="json"), self.budget_s])
+        """A digest of all that a result depends on beside the data and the program.
+
+        Of the settings only those that differ from the program's defaults: a new one, off by default, leaves
+        every finished job finished.
+        """
+        settings = self.settings.model_dump(mode="json", exclude_defaults=True)
+        return runs.fingerprint([settings, self.budget_s])
 
     @property
     def key(self) -> tuple[str, str, int, str, str, str]:

@@ -294,6 +294,10 @@ def benchmark(
     ] = None,
     metrics: Annotated[str, typer.Option(help="metrics to keep rows of, separated by commas")] = "dice",
     set_: Overrides = None,
+    normalisation: Annotated[
+        str,
+        typer.Option(help="eval, or batch: batch normalisation by test statistics, named with every result"),
+    ] = "eval",
     budget: Annotated[str | None, typer.Option(help="wall-clock time of each training")] = None,
     parallel: Annotated[int, typer.Option(help="jobs at once, sharing the cores")] = 1,
     keep_runs: Annotated[Path | None, typer.Option(help="keep run folders and masks here")] = None,
@@ -307,9 +311,13 @@ def benchmark(
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise ConfigError(f"--seeds {seeds}", expected="whole numbers separated by commas") from None
+    overrides = [
+        *(set_ or []),
+        *([f"predict.normalisation={normalisation}"] if normalisation != "eval" else []),
+    ]
     jobs = benchmarking.list_jobs(
         open_dataset(dataset), dataset, methods.split(","), numbers, protocol,
-        set_ or [], None if budget is None else parse_duration(budget), test_domain or [], metrics.split(","),
+        overrides, None if budget is None else parse_duration(budget), test_domain or [], metrics.split(","),
     )  # fmt: skip
     began, failed = time.monotonic(), 0
     waiting = benchmarking.unfinished(jobs, output)

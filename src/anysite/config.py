@@ -90,6 +90,18 @@ class AugmentSettings(Settings):
     low_resolution_factor: Range = Field(default=(0.5, 1.0), description="share of voxels kept on an axis")
     bias_field: Probability = 0.2
     bias_field_strength: float = Field(default=0.4, ge=0, description="largest logarithm of the factor")
+    amplitude_mixing: Probability = Field(
+        default=0.0, description="mix low-frequency amplitudes with a sample of another site, as in RAM-DSIR"
+    )
+    amplitude_own_share: Range = Field(
+        default=(0.0, 1.0), description="weight of the sample's own amplitude, drawn uniformly"
+    )
+    amplitude_window: float = Field(
+        default=0.1,
+        ge=0,
+        le=0.5,
+        description="frequencies mixed on either side, as a share of the shortest axis",
+    )
 
     @field_validator("scale", "brightness_factor", "contrast_factor", "gamma_exponent", "blur_sigma_voxels",
                      "low_resolution_factor")  # fmt: skip
@@ -105,6 +117,13 @@ class AugmentSettings(Settings):
         if axes is not None and (len(set(axes)) < len(axes) or min(axes, default=0) < 0):
             raise PydanticCustomError("axes", "each spatial axis at most once, counted from 0")
         return axes
+
+    @field_validator("amplitude_own_share")
+    @classmethod
+    def _check_share(cls, limits: Range) -> Range:
+        if not 0 <= limits[0] <= limits[1] <= 1:
+            raise PydanticCustomError("range", "two numbers from 0 to 1, the smaller one first")
+        return limits
 
     @field_validator("noise_sigma", "elastic_strength")
     @classmethod
@@ -155,6 +174,10 @@ class PredictSettings(Settings):
     flips: bool = Field(default=True, description="test-time augmentation by mirroring")
     batch_size: int = Field(default=8, gt=0)
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    normalisation: Literal["eval", "batch"] = Field(
+        default="eval",
+        description="batch: batch normalisation by the statistics of each batch of test windows",
+    )
 
 
 class Config(Settings):

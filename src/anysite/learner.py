@@ -35,12 +35,17 @@ class Learner(nn.Module):
         domain: Int[Tensor, " b"],
         progress: float,
     ) -> dict[str, Tensor]:
-        """Return every objective's loss by name, and their weighted sum as "total"."""
+        """Return every weighted loss by its objective's name (and term), and their sum as "total"."""
         features = self.network.encode(image)
         step = Step(image, label, domain, progress, self.network, features, self.network.decode(features))
-        losses = {name: objective(step) for name, objective in self.objectives.items()}
-        total = torch.stack([self._weight(name) * loss for name, loss in losses.items()]).sum()
-        return {**losses, "total": total}
+        losses: dict[str, Tensor] = {}
+        for name, objective in self.objectives.items():
+            loss, weight = objective(step), self._weight(name)
+            terms = (
+                {f"{name}_{term}": t for term, t in loss.items()} if isinstance(loss, dict) else {name: loss}
+            )
+            losses |= {term: weight * value for term, value in terms.items()}
+        return {**losses, "total": torch.stack(list(losses.values())).sum()}
 
     def after_step(self) -> None:
         """Let every objective follow the network after an optimizer step."""

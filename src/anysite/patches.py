@@ -160,10 +160,10 @@ class PatchSampler:
             labels.append(label)
             chosen.append(case)
         generator = torch.Generator().manual_seed(int(chooser.integers(2**62)))
-        image, label = augment(
-            torch.stack(images).float(), torch.stack(labels).long(), self.augmentation, generator
-        )
         domain = torch.tensor([case.domain for case in chosen])
+        image, label = augment(
+            torch.stack(images).float(), torch.stack(labels).long(), self.augmentation, generator, domain
+        )
         return Batch(image, label, domain, tuple(case.case.id for case in chosen))
 
     def batches(self, steps: range, ahead: bool = True) -> Iterator[Batch]:

@@ -26,6 +26,7 @@ NETWORKS = {
 
 OBJECTIVES = {
     "supervised": "anysite.objectives.supervised:Supervised",
+    "ram_dsir": "anysite.objectives.ram_dsir:RamDsir",
 }
 
 TABLES = {"network": NETWORKS, "objective": OBJECTIVES}

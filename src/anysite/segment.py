@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from anysite import compute
 from anysite.config import Config, PredictSettings
 from anysite.data.volume import Volume
-from anysite.errors import RunError
+from anysite.errors import ConfigError, RunError
 from anysite.networks import Network
 from anysite.patches import slide
 from anysite.plan import Plan
@@ -76,6 +77,8 @@ class Segmenter:
 
     def _load(self, run: Run) -> Network:
         network = run.network()
+        if self.settings.normalisation == "batch":
+            use_batch_statistics(network, run.path)
         return network.to(self.device, memory_format=network.memory_format)  # pyright: ignore[reportCallIssue]
 
     def predict_grid(self, image: Float[Tensor, "c *s"]) -> list[Float[Tensor, "k *s"]]:
@@ -100,6 +103,25 @@ class Segmenter:
             return slide(
                 image.to(self.device), predict, plan, self.settings.overlap, self.settings.batch_size
             )
+
+
+def use_batch_statistics(network: nn.Module, where: Path) -> None:
+    """Let every batch normalisation use the statistics of the batch it sees, and keep none of them.
+
+    Raises:
+        ConfigError: the network has no batch normalisation, and nothing would change.
+    """
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)]
+    if not norms:
+        raise ConfigError(
+            "a network without batch normalisation",
+            where=f"predict.normalisation for {where}",
+            expected="eval",
+            fix="leave predict.normalisation out",
+        )
+    for norm in norms:
+        norm.track_running_stats = False
+        norm.running_mean = norm.running_var = None
 
 
 def flip_combinations(plan: Plan, config: Config) -> list[tuple[int, ...]]:

@@ -44,8 +44,8 @@ class Objective(nn.Module):
     def attach(self, network: Network, plan: Plan, domains: tuple[str, ...]) -> None:
         """Build what depends on the network, the plan or the number of training sites."""
 
-    def forward(self, step: Step) -> Float[Tensor, ""]:
-        """Return the loss of one step, not yet weighted."""
+    def forward(self, step: Step) -> Float[Tensor, ""] | dict[str, Tensor]:
+        """Return the loss of one step, not yet weighted, or its terms by name, which are added."""
         raise NotImplementedError
 
     def after_step(self, network: Network) -> None:
