@@ -17,6 +17,7 @@ from anysite.data.case import Dataset
 from anysite.errors import ConfigError
 from anysite.learner import build_learner, build_network
 from anysite.networks.restoration import RestorationDecoder, list_scales
+from anysite.objectives import Step
 from anysite.objectives.ram_dsir import RamDsir, scale_to_unit, symmetric_divergence
 from anysite.plan import Normalisation, Plan
 from anysite.train import train
@@ -235,10 +236,24 @@ def test_all_pieces_together_reach_the_encoder(
 
 def test_the_official_restoration_is_the_sum_over_sites() -> None:
     terms = {
-        compat: losses_of(learner(ALONE["restoration"] | {"compat": compat}))["ram_dsir_restoration"].item()
+        compat: losses_of(learner(ALONE["restoration"] | {"compat": compat, "restoration_factor": 1}))[
+            "ram_dsir_restoration"
+        ].item()
         for compat in ("recommended", "paper", "official")
     }
     assert terms["official"] == terms["paper"] == pytest.approx(3 * terms["recommended"], rel=1e-5)
+
+
+def test_half_resolution_restores_block_means() -> None:
+    model = learner(ALONE["restoration"])
+    objective = model.objectives["ram_dsir"]
+    image = torch.randn(3, 1, 32, 32)
+    step = Step(image, torch.zeros(3, 32, 32).long(), torch.arange(3), 0.0, model.network, [], image)
+    bottleneck = model.network.encode(image)[-1]
+    restored = objective.decoder(bottleneck, step.domain)
+    blocks = scale_to_unit(image).reshape(3, 1, 16, 2, 16, 2).mean((3, 5))
+    expected = (restored - blocks).square().mean()
+    torch.testing.assert_close(objective._restoration_error(bottleneck, step), expected)
 
 
 def test_official_shares_are_tenths(monkeypatch: pytest.MonkeyPatch) -> None:
