@@ -12,7 +12,7 @@ from torch import Tensor
 from anysite import registry
 from anysite.config import load
 from anysite.errors import ConfigError
-from anysite.learner import Learner, build_learner, build_network
+from anysite.learner import Learner, build_learner, build_network, compare_gradients
 from anysite.networks import Network
 from anysite.objectives import Objective, Step
 from anysite.objectives.supervised import Supervised, region_maps
@@ -165,6 +165,22 @@ def test_the_total_is_the_weighted_sum_and_every_objective_sees_one_step() -> No
     assert not first.followed
     learner.after_step()
     assert first.followed == second.followed == [network]
+
+
+def test_gradients_are_compared_with_the_supervised_one_and_left_usable() -> None:
+    network = build_network(load("baseline", ["network.width=4", "network.depth=2"]), plan())
+    logits = network(torch.randn(2, 1, 16, 16))
+    losses = {
+        "supervised": logits.square().mean(),
+        "other": -3 * logits.square().mean(),
+        "none": 0 * logits.sum(),
+    }
+    ratios = compare_gradients({**losses, "total": torch.stack(list(losses.values())).sum()}, network)
+    assert ratios == pytest.approx(
+        {"supervised_gradient_ratio": 1, "other_gradient_ratio": 3, "none_gradient_ratio": 0}
+    )
+    losses["supervised"].backward()
+    assert all(p.grad is not None for p in network.parameters())
 
 
 def test_an_objective_without_forward_says_so() -> None:

@@ -160,6 +160,9 @@ class TrainSettings(Settings):
     )
     validation_cases: int = Field(default=8, ge=0, description="at most so many cases a validation")
     checkpoint_every: int = Field(default=250, gt=0)
+    compare_gradients_every: int = Field(
+        default=100, ge=0, description="steps between logs of each loss's pull at the weights; 0: never"
+    )
     cache_memory_gb: float = Field(default=8.0, ge=0, description="above this, prepared cases wait on disk")
     prefetch: bool | None = Field(
         default=None, description="prepare batches in a thread beside the network; none: only beside a GPU"

@@ -59,6 +59,24 @@ class Learner(nn.Module):
         return objective.weight
 
 
+def compare_gradients(losses: Mapping[str, Tensor], network: Network) -> dict[str, float]:
+    """Return how strongly every loss pulls at the network's weights, relative to the supervised one.
+
+    Args:
+        losses: What a learner returned, before the backward pass, which can still follow.
+        network: Whose weights they have in common; a term that no weight feels has ratio 0.
+    """
+    weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    norms: dict[str, float] = {}
+    for name, loss in losses.items():
+        gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+        norms[name] = float(
+            torch.stack([g.float().square().sum() for g in gradients if g is not None]).sum().sqrt()
+        )
+    reference = max(norms.get("supervised", norms["total"]), torch.finfo(torch.float32).tiny)
+    return {f"{name}_gradient_ratio": norm / reference for name, norm in norms.items() if name != "total"}
+
+
 def build_network(config: Config, plan: Plan) -> Network:
     """Construct the configured network for a plan.
 
