@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from anysite.evaluate import Row, read_rows
+from anysite.report.methods import MethodSummary, split_by_method, summarise_methods
+from anysite.report.read import read_sources
 from anysite.statistics import Estimate, estimate_mean
 
 ROOT = Path(__file__).parents[1]
@@ -32,14 +34,21 @@ HEADER = [
     "| data | trained on | tested on | in domain | unseen | gap | seeds (spread) | minutes a training |",
     "|---|---|---|---|---|---|---|---|",
 ]
+COMPARISON_HEADER = [
+    "| method | unseen | against baseline, paired | P(not better) | worst site | in domain | against baseline, paired "
+    "| seeds | minutes a training |",
+    "|---|---|---|---|---|---|---|---|---|",
+]
 
 
 def describe_evidence() -> str:
     """Return the evidence page."""
-    index: dict[str, dict[str, str]] = json.loads((RESULTS / "index.json").read_text(encoding="utf-8"))
+    index = _index()
     lines = [INTRODUCTION, "## The gap of the baseline", "", *baseline_table(index), ""]
+    for page, entries in _comparisons(index).items():
+        lines += [f"## Compared: [{page}](methods/{page}.md)", "", *comparison_tables(entries)]
     for name, entry in index.items():
-        if (RESULTS / name).is_file():
+        if (RESULTS / name).is_file() and "method" not in entry:
             rows = read_rows(RESULTS / name)
             commits = ", ".join(sorted({f"`{row['commit']}`" for row in rows}))
             lines += [
@@ -56,23 +65,71 @@ def describe_evidence() -> str:
 
 def write_readme_table(readme: str) -> str:
     """Return the README's text with its results table written anew."""
-    index: dict[str, dict[str, str]] = json.loads((RESULTS / "index.json").read_text(encoding="utf-8"))
-    before, _, rest = readme.partition(MARKERS[0])
-    after = rest.partition(MARKERS[1])[2]
-    return "\n".join([before + MARKERS[0], *baseline_table(index), MARKERS[1] + after])
+    return _between_markers(readme, baseline_table(_index()))
+
+
+def write_method_table(page: str, text: str) -> str:
+    """Return the text of the method page `page` with its tables of results written anew."""
+    return _between_markers(text, comparison_tables(_comparisons(_index()).get(page, {})))
 
 
 def baseline_table(index: dict[str, dict[str, str]]) -> list[str]:
     """Return one row for every result file and set of training sites."""
     lines = list(HEADER)
     for name, entry in index.items():
-        if not (RESULTS / name).is_file():
+        if not (RESULTS / name).is_file() or "method" in entry:
             continue
         rows = [row for row in read_rows(RESULTS / name) if row["method"] == "baseline"]
         for trained_on in dict.fromkeys(row["train_domains"] for row in rows):
             chosen = [row for row in rows if row["train_domains"] == trained_on]
             lines.append(f"| {entry['title']} | {trained_on.replace('+', ', ')} | {_summarise(chosen)} |")
     return lines
+
+
+def comparison_tables(entries: dict[str, dict[str, str]]) -> list[str]:
+    """Return, for every result file that compares methods, its command and one row a method."""
+    lines: list[str] = []
+    for name, entry in entries.items():
+        rows = [row for source in read_sources([RESULTS / name]) for row in source.rows]
+        methods = split_by_method(rows)
+        commits = ", ".join(sorted({f"`{row['commit']}`" for row in read_rows(RESULTS / name)}))
+        lines += [f"**{entry['title']}**", "", *COMPARISON_HEADER]
+        lines += [_describe_method(summary) for summary in summarise_methods(methods, "baseline")]
+        lines += ["", f"```\n{entry['command']}\n```", "", f"Commit {commits}.", ""]
+    return lines
+
+
+def _describe_method(summary: MethodSummary) -> str:
+    unseen, cost = summary.comparison, summary.cost
+    gain, loss = ("-" if c is None else _text(c.difference, signed=True) for c in (unseen, cost))
+    chance = "-" if unseen is None else f"{unseen.probability_not_better:.3f}"
+    minutes = "-" if summary.train_seconds is None else f"{summary.train_seconds / 60:.1f}"
+    worst = (
+        f"{summary.worst_site} {100 * summary.sites[summary.worst_site].mean:.1f}"
+        if summary.worst_site
+        else "-"
+    )
+    cells = [summary.name, _text(summary.unseen), gain, chance, worst, _text(summary.in_domain), loss]
+    return f"| {' | '.join(cells)} | {len(summary.seeds)} | {minutes} |"
+
+
+def _index() -> dict[str, dict[str, str]]:
+    return json.loads((RESULTS / "index.json").read_text(encoding="utf-8"))
+
+
+def _comparisons(index: dict[str, dict[str, str]]) -> dict[str, dict[str, dict[str, str]]]:
+    """Return the entries that compare methods, by the method whose page they belong to."""
+    pages: dict[str, dict[str, dict[str, str]]] = {}
+    for name, entry in index.items():
+        if "method" in entry and (RESULTS / name).is_file():
+            pages.setdefault(entry["method"], {})[name] = entry
+    return pages
+
+
+def _between_markers(text: str, lines: list[str]) -> str:
+    before, _, rest = text.partition(MARKERS[0])
+    after = rest.partition(MARKERS[1])[2]
+    return "\n".join([before + MARKERS[0], *lines, MARKERS[1] + after])
 
 
 def class_table(rows: list[Row]) -> list[str]:
@@ -119,9 +176,11 @@ def _person(row: Row) -> str:
     return f"{row['domain']}/{row['patient']}"
 
 
-def _text(estimate: Estimate | None) -> str:
+def _text(estimate: Estimate | None, signed: bool = False) -> str:
     if estimate is None:
         return "-"
+    form = "+.1f" if signed else ".1f"
+    mean = format(100 * estimate.mean, form)
     if estimate.low is None or estimate.high is None:
-        return f"{100 * estimate.mean:.1f} (n = 1)"
-    return f"{100 * estimate.mean:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}], n = {estimate.n_patients}"
+        return f"{mean} (n = 1)"
+    return f"{mean} [{100 * estimate.low:{form}}, {100 * estimate.high:{form}}], n = {estimate.n_patients}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import typer.core
-from evidence_page import describe_evidence, write_readme_table
+from evidence_page import describe_evidence, write_method_table, write_readme_table
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -112,3 +112,7 @@ if __name__ == "__main__":
         (DOCS / page).write_text(write(), encoding="utf-8")
     readme = DOCS.parent / "README.md"
     readme.write_text(write_readme_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for method in sorted((DOCS / "methods").glob("*.md")):
+        method.write_text(
+            write_method_table(method.stem, method.read_text(encoding="utf-8")), encoding="utf-8"
+        )

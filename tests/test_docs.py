@@ -42,6 +42,12 @@ def test_the_readme_table_holds_what_the_rows_say(generate: ModuleType) -> None:
     assert len(re.findall(r"\[\d+\.\d, \d+\.\d\], n = \d+", readme)) >= 5
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "methods").glob("*.md")), ids=lambda p: p.stem)
+def test_tables_of_method_pages_hold_what_the_rows_say(generate: ModuleType, page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text == generate.write_method_table(page.stem, text), "run make docs"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):

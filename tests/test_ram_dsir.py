@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -323,9 +324,15 @@ def test_works_on_every_network(name: str, dimension: int) -> None:
 @pytest.mark.parametrize("preset", ["baseline_weak", "ram_dsir", "ram_dsir_official"])
 def test_presets_train(preset: str, phantom: Dataset, tmp_path: Any) -> None:
     overrides = ["plan.patch_size=[32, 32]", "train.batch_size=4", "train.steps=3", "train.threads=1"]
-    overrides += ["network.width=4", "train.precision=32-true"]
+    overrides += ["network.width=4", "train.precision=bf16-mixed", "train.compare_gradients_every=2"]
     run = train(phantom, load(preset, overrides), tmp_path / "run")
-    assert (run.path / "log.jsonl").read_text().count("\n") == 3
+    log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 3
+    if preset != "baseline_weak":  # one loss alone has no rival
+        ratios = [entry.get("ram_dsir_consistency_gradient_ratio") for entry in log]
+        assert ratios[0] > 0
+        assert ratios[1] is None
+        assert ratios[2] > 0
 
 
 def test_batches_are_balanced_over_the_sites_and_not_replayed(phantom: Dataset, tmp_path: Any) -> None:

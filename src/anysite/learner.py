@@ -34,8 +34,13 @@ class Learner(nn.Module):
         label: Int[Tensor, "b *s"],
         domain: Int[Tensor, " b"],
         progress: float,
+        compare: bool = False,
     ) -> dict[str, Tensor]:
-        """Return every weighted loss by its objective's name (and term), and their sum as "total"."""
+        """Return every weighted loss by its objective's name (and term), and their sum as "total".
+
+        With `compare`, and more than one loss, also how strongly each pulls at the network's weights. This has
+        to happen here: outside, Fabric's precision refuses any other backward pass than its own.
+        """
         features = self.network.encode(image)
         step = Step(image, label, domain, progress, self.network, features, self.network.decode(features))
         losses: dict[str, Tensor] = {}
@@ -45,7 +50,8 @@ class Learner(nn.Module):
                 {f"{name}_{term}": t for term, t in loss.items()} if isinstance(loss, dict) else {name: loss}
             )
             losses |= {term: weight * value for term, value in terms.items()}
-        return {**losses, "total": torch.stack(list(losses.values())).sum()}
+        ratios = compare_gradients(losses, self.network) if compare and len(losses) > 1 else {}
+        return {**losses, **ratios, "total": torch.stack(list(losses.values())).sum()}
 
     def after_step(self) -> None:
         """Let every objective follow the network after an optimizer step."""
@@ -59,22 +65,22 @@ class Learner(nn.Module):
         return objective.weight
 
 
-def compare_gradients(losses: Mapping[str, Tensor], network: Network) -> dict[str, float]:
-    """Return how strongly every loss pulls at the network's weights, relative to the supervised one.
+def compare_gradients(losses: Mapping[str, Tensor], network: Network) -> dict[str, Tensor]:
+    """Return the norm of every loss's gradient on the network's weights, relative to that of "supervised".
 
     Args:
-        losses: What a learner returned, before the backward pass, which can still follow.
-        network: Whose weights they have in common; a term that no weight feels has ratio 0.
+        losses: Before the backward pass, which can still follow; one that no weight feels has ratio 0.
+        network: Whose weights they have in common. Without a supervised loss the first one is the measure.
     """
     weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    norms: dict[str, float] = {}
+    norms: dict[str, Tensor] = {}
     for name, loss in losses.items():
-        gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-        norms[name] = float(
-            torch.stack([g.float().square().sum() for g in gradients if g is not None]).sum().sqrt()
-        )
-    reference = max(norms.get("supervised", norms["total"]), torch.finfo(torch.float32).tiny)
-    return {f"{name}_gradient_ratio": norm / reference for name, norm in norms.items() if name != "total"}
+        norms[name] = loss.new_zeros(())
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+            norms[name] = torch.stack([g.float().norm() for g in gradients if g is not None]).norm()
+    reference = norms.get("supervised", next(iter(norms.values())))
+    return {f"{name}_gradient_ratio": norm / reference for name, norm in norms.items()}
 
 
 def build_network(config: Config, plan: Plan) -> Network:

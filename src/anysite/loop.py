@@ -22,7 +22,7 @@ from anysite import atomic, runs
 from anysite.config import Config, TrainSettings
 from anysite.data.case import Dataset
 from anysite.errors import InterruptedTraining, RunError, TrainingError
-from anysite.learner import Learner, compare_gradients
+from anysite.learner import Learner
 from anysite.patches import Batch, PatchSampler
 from anysite.plan import Plan
 from anysite.validation import prepare_validation, validate
@@ -135,12 +135,13 @@ class Training:
             group["lr"] = rate
         self.learner.train()
         image = batch.image.contiguous(memory_format=self.learner.network.memory_format)
-        losses: dict[str, Tensor] = self.wrapped(image, batch.label, batch.domain, self.step / self.steps)
+        every = self.settings.compare_gradients_every
+        compare = bool(every) and self.step % every == 0
+        losses: dict[str, Tensor] = self.wrapped(
+            image, batch.label, batch.domain, self.step / self.steps, compare
+        )
         values = {name: float(loss.detach()) for name, loss in losses.items()}
         self._require_finite("loss", values["total"], batch, rate, values)
-        every = self.settings.compare_gradients_every
-        if len(losses) > 2 and every and self.step % every == 0:  # beside the total one loss has no rival
-            values |= compare_gradients(losses, self.learner.network)
         self.fabric.backward(losses["total"])
         clipped = self.fabric.clip_gradients(
             self.wrapped, self.optimizer, max_norm=self.settings.gradient_clip, error_if_nonfinite=False

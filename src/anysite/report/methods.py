@@ -46,7 +46,9 @@ class Matrix:
 
 @dataclass(frozen=True)
 class MethodSummary:
-    """One method over all its runs; `comparison` is with the first method, and None for that itself.
+    """One method over all its runs; `comparison` is with the first method at unseen sites, None for that itself.
+
+    `cost` is the same at the training sites, on held-out patients.
 
     `differences` are those of the cases, over the values that pair up; `left_out` counts the values that only
     this method defines, and those that only the first one does.
@@ -59,6 +61,7 @@ class MethodSummary:
     sites: dict[str, Estimate]
     worst_site: str
     comparison: Comparison | None
+    cost: Comparison | None
     differences: tuple[tuple[str, float], ...]
     left_out: tuple[int, int]
     p_adjusted: float | None
@@ -106,12 +109,19 @@ def summarise_methods(methods: dict[str, list[Row]], baseline: str) -> list[Meth
     order = [baseline, *(name for name in methods if name != baseline)]
     scores = {name: score_cases(methods[name]) for name in order}
     base, people = _pairings(methods[baseline])
+    base_inside, people_inside = _pairings(methods[baseline], "in_domain")
+    costs: dict[str, Comparison] = {}
     comparisons: dict[str, Comparison] = {}
     differences: dict[str, tuple[tuple[str, float], ...]] = {}
     left_out: dict[str, tuple[int, int]] = {}
     for name in order[1:]:
         other, _ = _pairings(methods[name])
         common = [key for key in base if key in other]
+        inside, _ = _pairings(methods[name], "in_domain")
+        if both := [key for key in base_inside if key in inside]:
+            costs[name] = compare_paired(
+                {key: inside[key] for key in both}, {key: base_inside[key] for key in both}, people_inside
+            )
         left_out[name] = len(other) - len(common), len(base) - len(common)
         if common:
             comparisons[name] = compare_paired(
@@ -142,6 +152,7 @@ def summarise_methods(methods: dict[str, list[Row]], baseline: str) -> list[Meth
                 sites=sites,
                 worst_site=min(sites, key=lambda domain: sites[domain].mean, default=""),
                 comparison=comparisons.get(name),
+                cost=costs.get(name),
                 differences=differences.get(name, ()),
                 left_out=left_out.get(name, (0, 0)),
                 p_adjusted=adjusted.get(name),
@@ -198,12 +209,12 @@ def _by_site(scores: Sequence[CaseScore]) -> dict[str, Estimate]:
     return {domain: mean for domain, mean in means.items() if mean is not None}
 
 
-def _pairings(rows: Iterable[Row]) -> tuple[dict[Pairing, float], dict[Pairing, str]]:
-    """Return the defined unseen Dice values by what they pair up by, and the patients of each."""
+def _pairings(rows: Iterable[Row], split: str = "unseen") -> tuple[dict[Pairing, float], dict[Pairing, str]]:
+    """Return the defined Dice values of a split by what they pair up by, and the patients of each."""
     values: dict[Pairing, float] = {}
     people: dict[Pairing, str] = {}
     for row in rows:
-        if row.metric == "dice" and row.split == "unseen" and row.case and row.value is not None:
+        if row.metric == "dice" and row.split == split and row.case and row.value is not None:
             key = row.train_domains, row.seed, row.domain, row.case, row.class_name
             values[key] = row.value
             people[key] = person_of(row.domain, row.patient or row.case)
