@@ -459,3 +459,11 @@ def test_texts_lose_folders_and_keep_the_rest():
 def test_importing_the_report_loads_no_torch():
     code = "import sys, anysite.report; sys.exit('torch' in sys.modules or 'monai' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_batch_statistics_are_named_even_where_every_row_used_them():
+    rows = unseen_rows("ram_dsir", 0, {"A1": 0.5})
+    told = [row.model_copy(update={"overrides": "train.steps=5 predict.normalisation=batch"}) for row in rows]
+    assert list(split_by_method(told)) == ["ram_dsir (predict.normalisation=batch)"]
+    both = split_by_method([*told, *(r.model_copy(update={"overrides": "train.steps=5"}) for r in rows)])
+    assert list(both) == ["ram_dsir (predict.normalisation=batch)", "ram_dsir"]

@@ -15,7 +15,7 @@ from anysite import runs
 from anysite.config import AugmentSettings, PlanSettings, PredictSettings, load
 from anysite.data.case import Dataset
 from anysite.data.volume import Volume
-from anysite.errors import GeometryError, RunError
+from anysite.errors import ConfigError, GeometryError, RunError
 from anysite.learner import build_network
 from anysite.plan import Normalisation, Plan, learn_plan
 from anysite.runs import Run
@@ -200,3 +200,23 @@ def test_the_settings_of_the_run_count_where_none_are_given(trained: Run, phanto
     assert first.plan == trained.plan
     given = Segmenter([trained], trained.config.predict, "cpu").segment(image)
     assert np.array_equal(first.segment(image).probabilities.array, given.probabilities.array)
+
+
+def test_batch_statistics_are_those_of_the_windows_and_leave_the_run_alone(
+    phantom: Dataset, image: Volume, tmp_path: Path
+) -> None:
+    overrides = ["network.name=ram_dsir_unet", "network.width=4", "plan.patch_size=[32, 32]", "train.steps=2"]
+    config = load("baseline", [*overrides, "train.precision=32-true", "train.threads=1"])
+    run = train(phantom, config, tmp_path / "run")
+    before = (run.path / "weights.safetensors").read_bytes()
+    kept = segment([run], image)
+    shifted = image.with_array(image.array.astype(np.float32) * 3 + 40)
+    assert not np.allclose(segment([run], image, normalisation="batch"), kept)
+    assert (run.path / "weights.safetensors").read_bytes() == before
+    np.testing.assert_array_equal(segment([runs.open_run(run.path)], image), kept)
+    assert np.isfinite(segment([run], shifted, normalisation="batch")).all()
+
+
+def test_batch_statistics_of_a_network_without_any_are_refused(members: list[Run], image: Volume) -> None:
+    with pytest.raises(ConfigError, match=r"without batch normalisation.*expected eval"):
+        segment(members[:1], image, normalisation="batch")

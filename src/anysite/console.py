@@ -171,7 +171,9 @@ def _estimate(rows: Sequence[dict[str, Any]]) -> Estimate | None:
 def show_job(outcome: JobOutcome, number: int, total: int, seconds_left: float) -> None:
     """Print one line on a finished benchmark job."""
     job = outcome.job
-    name = f"{number}/{total}  {job.method}  seed {job.seed}  trained on {'+'.join(job.train_domains)}"
+    name = f"{number}/{total}  {job.name}  seed {job.seed}  trained on {'+'.join(job.train_domains)}"
+    if job.settings.predict.normalisation == "batch":
+        name += "  normalised by test batches"
     if outcome.error:
         errors.print(Text.assemble(("failed: ", "bold red"), f"{name}: {outcome.error}"))
         return

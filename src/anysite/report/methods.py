@@ -25,6 +25,8 @@ from anysite.statistics import Comparison, Estimate, adjust_holm, compare_paired
 # What makes two values of different methods a pair: training sites, seed, site, case, class.
 Pairing = tuple[tuple[str, ...], str, str, str, str]
 
+BATCH_STATISTICS = "predict.normalisation=batch"  # named with every result, even where all of them share it
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -227,7 +229,7 @@ def _name_overrides(variants: set[str]) -> dict[str, str]:
     settings = {text: re.split(r"\s+(?=[\w.]+\s*=)", text.strip()) for text in variants}
     shared = set.intersection(*map(set, settings.values()))
     names = {
-        text: without_folders(" ".join(s for s in found if s not in shared))
+        text: without_folders(" ".join(s for s in found if s not in shared or s == BATCH_STATISTICS))
         for text, found in settings.items()
     }
     if len(set(names.values())) == len(names):
