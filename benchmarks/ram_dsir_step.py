@@ -47,7 +47,7 @@ def prepare(dimension: int, folder: Path, threads: int) -> dict[str, Training]:
         settings = config.load(
             "baseline",
             [f"plan.patch_size={PATCHES[dimension]}", f"train.threads={threads}", *overrides]
-            + ["train.sampling=domain", "train.steps=100000", "train.compare_gradients_every=0"],
+            + ["train.sampling=domain", "train.steps=100000", "train.diagnose_every=0"],
         )
         plan = learn_plan(dataset, settings.plan)
         runs.start(folder / name, settings, plan, split(dataset, settings).as_ids())

@@ -69,7 +69,9 @@ def write_readme_table(readme: str) -> str:
 
 
 def write_method_table(page: str, text: str) -> str:
-    """Return the text of the method page `page` with its tables of results written anew."""
+    """Return the text of the method page `page` with its tables of results, if it has any, written anew."""
+    if MARKERS[0] not in text:
+        return text
     return _between_markers(text, comparison_tables(_comparisons(_index()).get(page, {})))
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from anysite import registry
 from anysite.config import load
+from anysite.diagnostics import compare_gradients, effective_rank
 from anysite.errors import ConfigError
-from anysite.learner import Learner, build_learner, build_network, compare_gradients
+from anysite.learner import Learner, build_learner, build_network
 from anysite.networks import Network
 from anysite.objectives import Objective, Step
 from anysite.objectives.supervised import Supervised, region_maps
@@ -181,6 +182,23 @@ def test_gradients_are_compared_with_the_supervised_one_and_left_usable() -> Non
     )
     losses["supervised"].backward()
     assert all(p.grad is not None for p in network.parameters())
+
+
+def test_effective_rank_counts_the_directions_in_use() -> None:
+    generator = torch.Generator().manual_seed(0)
+    directions, _ = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))
+    for used in (1, 3, 8):
+        signs = torch.tensor(
+            np.array(np.meshgrid(*[[-1.0, 1.0]] * used)).reshape(used, -1)
+        )  # uncorrelated, mean 0
+        positions = (directions[:, :used] @ signs) + 5
+        features = positions.reshape(8, -1, 2).movedim(1, 0)
+        assert float(effective_rank(features)) == pytest.approx(used, rel=1e-6)
+    assert float(effective_rank(torch.ones(2, 4, 3, 3))) == pytest.approx(1)
+    one, two = torch.tensor([3.0, 1.0]) / 4
+    uneven = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])[:, :, None]
+    expected = torch.exp(-(one * one.log() + two * two.log()))
+    assert float(effective_rank(uneven)) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_an_objective_without_forward_says_so() -> None:

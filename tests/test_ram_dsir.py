@@ -17,9 +17,9 @@ from anysite.config import AugmentSettings, load
 from anysite.data.case import Dataset
 from anysite.errors import ConfigError
 from anysite.learner import build_learner, build_network
-from anysite.networks.restoration import RestorationDecoder, list_scales
+from anysite.networks.restoration import RestorationDecoder, list_scales, scale_to_unit
 from anysite.objectives import Step
-from anysite.objectives.ram_dsir import RamDsir, scale_to_unit, symmetric_divergence
+from anysite.objectives.ram_dsir import RamDsir, symmetric_divergence
 from anysite.plan import Normalisation, Plan
 from anysite.train import train
 from conftest import small_config
@@ -249,7 +249,7 @@ def test_half_resolution_restores_block_means() -> None:
     model = learner(ALONE["restoration"])
     objective = model.objectives["ram_dsir"]
     image = torch.randn(3, 1, 32, 32)
-    step = Step(image, torch.zeros(3, 32, 32).long(), torch.arange(3), 0.0, model.network, [], image)
+    step = Step(image, torch.zeros(3, 32, 32).long(), torch.arange(3), 0.0, model.network)
     bottleneck = model.network.encode(image)[-1]
     restored = objective.decoder(bottleneck, step.domain)
     blocks = scale_to_unit(image).reshape(3, 1, 16, 2, 16, 2).mean((3, 5))
@@ -324,7 +324,7 @@ def test_works_on_every_network(name: str, dimension: int) -> None:
 @pytest.mark.parametrize("preset", ["baseline_weak", "ram_dsir", "ram_dsir_official"])
 def test_presets_train(preset: str, phantom: Dataset, tmp_path: Any) -> None:
     overrides = ["plan.patch_size=[32, 32]", "train.batch_size=4", "train.steps=3", "train.threads=1"]
-    overrides += ["network.width=4", "train.precision=bf16-mixed", "train.compare_gradients_every=2"]
+    overrides += ["network.width=4", "train.precision=bf16-mixed", "train.diagnose_every=2"]
     run = train(phantom, load(preset, overrides), tmp_path / "run")
     log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
     assert len(log) == 3

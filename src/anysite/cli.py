@@ -7,12 +7,16 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
 from anysite import __version__
-from anysite.errors import AnysiteError, BatchError, ConfigError, FileFormatError
+from anysite.errors import AnysiteError, BatchError, ConfigError, DataError, FileFormatError
+
+if TYPE_CHECKING:
+    from anysite.config import Config
+    from anysite.data.case import Dataset
 
 # Click's UsageError, which Typer brings along under a name of its own.
 UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
@@ -35,6 +39,14 @@ Overrides = Annotated[
 Plugins = Annotated[
     list[str] | None, typer.Option("--plugin", metavar="MODULE:CLASS", help="trust a class outside anysite")
 ]
+RunOutput = Annotated[Path, typer.Option("--output", help="the run folder to write")]
+Preset = Annotated[str, typer.Option(help="a preset's name or a .toml file")]
+TestDomains = Annotated[list[str] | None, typer.Option(help="a site to keep out of training altogether")]
+Seed = Annotated[int | None, typer.Option(help="of everything random")]
+Budget = Annotated[
+    str | None, typer.Option(help="wall-clock time, such as 90s, 10m or 2h; chooses the steps")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="continue an interrupted run with its own settings")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for programs")]
 
 
@@ -137,41 +149,77 @@ def check(dataset: DatasetPath, json: AsJson = False) -> None:
 @app.command()
 def train(
     dataset: DatasetPath,
-    output: Annotated[Path, typer.Option(help="the run folder to write")],
-    preset: Annotated[str, typer.Option(help="a preset's name or a .toml file")] = "baseline",
+    output: RunOutput,
+    preset: Preset = "baseline",
     set_: Overrides = None,
-    test_domain: Annotated[
-        list[str] | None, typer.Option(help="a site to keep out of training altogether")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="of everything random")] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="wall-clock time, such as 90s, 10m or 2h; chooses the steps")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="continue an interrupted run with its own settings")
-    ] = False,
+    test_domain: TestDomains = None,
+    seed: Seed = None,
+    budget: Budget = None,
+    resume: Resume = False,
     plugin: Plugins = None,
 ) -> None:
     """Train on every site but the test sites, and write a run folder."""
-    from anysite import console
-
     _trust(plugin)
+    from anysite import config
+    from anysite.data.layouts import open_dataset
+
+    settings = config.load(preset, _overrides(set_, test_domain, seed))
+    _train(open_dataset(dataset, unseen=settings.test_domains), settings, preset, output, budget, resume)
+
+
+@app.command()
+def pretrain(
+    images: Annotated[
+        Path, typer.Argument(metavar="IMAGES", help="a dataset, labelled or not, or a folder of images")
+    ],
+    output: RunOutput,
+    method: Annotated[str, typer.Option(help="an objective that needs no labels")] = "tile_autoencoder",
+    preset: Preset = "baseline",
+    set_: Overrides = None,
+    test_domain: TestDomains = None,
+    seed: Seed = None,
+    budget: Budget = None,
+    resume: Resume = False,
+    plugin: Plugins = None,
+) -> None:
+    """Learn an encoder from images alone; anysite train --set pretrained=RUN starts from it."""
+    _trust(plugin)
+    from anysite import config, registry
+    from anysite.data.case import Dataset
+    from anysite.data.layouts import find_cases, open_images
+
+    if registry.find("objective", method).needs_label:
+        raise ConfigError(f"--method {method}, which needs labels", fix="use anysite train")
+    settings = config.load(preset, _overrides(set_, test_domain, seed))
+    objectives = {method: settings.objectives.get(method, {})}
+    settings = settings.model_copy(update={"objectives": objectives})
+    try:
+        dataset = find_cases(images)
+    except DataError:
+        cases = open_images(images)  # says again what is wrong where it is a dataset after all
+        dataset = Dataset(images.resolve().name, cases, (), ())
+    _train(dataset, settings, preset, output, budget, resume)
+
+
+def _overrides(set_: list[str] | None, test_domain: list[str] | None, seed: int | None) -> list[str]:
     overrides = list(set_ or [])
     if test_domain:
         overrides.append("test_domains=[" + ", ".join(f'"{name}"' for name in test_domain) + "]")
     if seed is not None:
         overrides.append(f"seed={seed}")
-    from anysite import config
-    from anysite.data.layouts import open_dataset
+    return overrides
 
-    settings = config.load(preset, overrides)
+
+def _train(
+    dataset: Dataset, settings: Config, preset: str, output: Path, budget: str | None, resume: bool
+) -> None:
     budget_s = None if budget is None else parse_duration(budget)
-    opened = open_dataset(dataset, unseen=settings.test_domains)
+    from anysite import console
     from anysite import train as training
 
     with console.training_bar() as advance:
         run = training.train(
-            opened,
+            dataset,
             settings,
             output,
             budget_s=budget_s,

@@ -152,6 +152,15 @@ class TrainSettings(Settings):
     sampling: Literal["case", "domain"] = Field(
         default="case", description="draw cases uniformly, or sites first"
     )
+    labelled_patients: int | None = Field(
+        default=None, gt=0, description="learn from so many patients, the sites taking turns; none: all"
+    )
+    encoder_rate_factor: float = Field(
+        default=1.0, gt=0, description="learning rate of the encoder over that of the rest"
+    )
+    encoder_rate_steps: int | None = Field(
+        default=None, ge=0, description="the factor holds for so many steps; none: for all"
+    )
     validation_fraction: float = Field(
         default=0.2, ge=0, lt=1, description="source patients held out, of every site"
     )
@@ -160,8 +169,10 @@ class TrainSettings(Settings):
     )
     validation_cases: int = Field(default=8, ge=0, description="at most so many cases a validation")
     checkpoint_every: int = Field(default=250, gt=0)
-    compare_gradients_every: int = Field(
-        default=100, ge=0, description="steps between logs of each loss's pull at the weights; 0: never"
+    diagnose_every: int = Field(
+        default=100,
+        ge=0,
+        description="steps between logs of each loss's pull at the weights and of the effective rank; 0: never",
     )
     cache_memory_gb: float = Field(default=8.0, ge=0, description="above this, prepared cases wait on disk")
     prefetch: bool | None = Field(
@@ -183,6 +194,18 @@ class PredictSettings(Settings):
     )
 
 
+class PretrainSettings(Settings):
+    """A pretraining on the images of the training sites, before the training and by the same plan."""
+
+    objectives: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="objective name to its settings, none that needs labels; empty: no pretraining",
+    )
+    steps: int = Field(default=500, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    batch_size: int | None = Field(default=None, gt=0, description="none: as in training")
+
+
 class Config(Settings):
     """All settings of a run; every field has a default, so an empty file is a valid configuration."""
 
@@ -192,6 +215,10 @@ class Config(Settings):
     objectives: dict[str, dict[str, Any]] = Field(
         default_factory=lambda: {"supervised": {}}, min_length=1, description="objective name to its settings"
     )
+    pretrained: str | None = Field(
+        default=None, description="run folder, of a pretraining or a training, whose weights to start from"
+    )
+    pretrain: PretrainSettings = PretrainSettings()
     plan: PlanSettings = PlanSettings()
     augment: AugmentSettings = AugmentSettings()
     train: TrainSettings = TrainSettings()

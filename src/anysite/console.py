@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -106,11 +107,22 @@ def show_run(run: Run) -> None:
     for reason in run.plan.reasons:
         say(f"  plan: {reason}")
     facts = run.manifest
+    if started_from := facts.get("started_from"):
+        say(f"  {describe_transfer(started_from)}")
     say(
         f"trained {facts['steps']} steps in {format_seconds(facts['seconds'])} on "
         f"{len(run.splits['training'])} cases of {', '.join(facts['train_domains'])}; "
         f"{len(run.splits['held_out'])} held out, {len(run.splits['test'])} of test sites; run folder {run.path}"
     )
+
+
+def describe_transfer(started_from: dict[str, Any]) -> str:
+    """Return one line on which weights a training started from; `anysite info RUN --json` has every tensor."""
+    reasons = Counter(started_from["skipped"].values())
+    parts = [f"{len(started_from['taken'])} tensors taken from {started_from['run']}"]
+    parts += [f"{name} reshaped to other channels" for name in started_from["reshaped"]]
+    parts += [f"{count} {reason}" for reason, count in reasons.items()]
+    return f"{', '.join(parts)}: {100 * started_from['encoder_share']:.0f} % of the encoder"
 
 
 @contextmanager

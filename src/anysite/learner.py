@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from anysite import registry
 from anysite.config import Config
+from anysite.diagnostics import compare_gradients, effective_rank
 from anysite.networks import Network
 from anysite.objectives import Objective, Step
 from anysite.plan import Plan
@@ -38,11 +39,11 @@ class Learner(nn.Module):
     ) -> dict[str, Tensor]:
         """Return every weighted loss by its objective's name (and term), and their sum as "total".
 
-        With `compare`, and more than one loss, also how strongly each pulls at the network's weights. This has
-        to happen here: outside, Fabric's precision refuses any other backward pass than its own.
+        With `compare` also the effective rank of the bottleneck and, of several losses, how strongly each
+        pulls at the network's weights. This has to happen here: outside, Fabric's precision refuses any other
+        backward pass than its own.
         """
-        features = self.network.encode(image)
-        step = Step(image, label, domain, progress, self.network, features, self.network.decode(features))
+        step = Step(image, label, domain, progress, self.network)
         losses: dict[str, Tensor] = {}
         for name, objective in self.objectives.items():
             loss, weight = objective(step), self._weight(name)
@@ -50,8 +51,12 @@ class Learner(nn.Module):
                 {f"{name}_{term}": t for term, t in loss.items()} if isinstance(loss, dict) else {name: loss}
             )
             losses |= {term: weight * value for term, value in terms.items()}
-        ratios = compare_gradients(losses, self.network) if compare and len(losses) > 1 else {}
-        return {**losses, **ratios, "total": torch.stack(list(losses.values())).sum()}
+        diagnostics: dict[str, Tensor] = {}
+        if compare:
+            diagnostics["effective_rank"] = effective_rank(step.features[-1])
+            if len(losses) > 1:
+                diagnostics |= compare_gradients(losses, self.network)
+        return {**losses, **diagnostics, "total": torch.stack(list(losses.values())).sum()}
 
     def after_step(self) -> None:
         """Let every objective follow the network after an optimizer step."""
@@ -63,24 +68,6 @@ class Learner(nn.Module):
         objective = self.objectives[name]
         assert isinstance(objective, Objective)
         return objective.weight
-
-
-def compare_gradients(losses: Mapping[str, Tensor], network: Network) -> dict[str, Tensor]:
-    """Return the norm of every loss's gradient on the network's weights, relative to that of "supervised".
-
-    Args:
-        losses: Before the backward pass, which can still follow; one that no weight feels has ratio 0.
-        network: Whose weights they have in common. Without a supervised loss the first one is the measure.
-    """
-    weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    norms: dict[str, Tensor] = {}
-    for name, loss in losses.items():
-        norms[name] = loss.new_zeros(())
-        if loss.requires_grad:
-            gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-            norms[name] = torch.stack([g.float().norm() for g in gradients if g is not None]).norm()
-    reference = norms.get("supervised", next(iter(norms.values())))
-    return {f"{name}_gradient_ratio": norm / reference for name, norm in norms.items()}
 
 
 def build_network(config: Config, plan: Plan) -> Network:
@@ -112,3 +99,12 @@ def build_learner(config: Config, plan: Plan, domains: tuple[str, ...]) -> Learn
         objective.attach(network, plan, domains)
         objectives[name.replace(".", "_")] = objective
     return Learner(network, objectives)
+
+
+def needs_labels(config: Config) -> bool:
+    """Tell whether any configured objective reads labels; a training without is a pretraining.
+
+    Raises:
+        ConfigError: an unknown objective.
+    """
+    return any(registry.find("objective", name).needs_label for name in config.objectives)

@@ -23,6 +23,7 @@ from anysite.config import Config, TrainSettings
 from anysite.data.case import Dataset
 from anysite.errors import InterruptedTraining, RunError, TrainingError
 from anysite.learner import Learner
+from anysite.networks import encoder_tensors
 from anysite.patches import Batch, PatchSampler
 from anysite.plan import Plan
 from anysite.validation import prepare_validation, validate
@@ -72,7 +73,7 @@ class Training:
     def __post_init__(self) -> None:
         self.settings: TrainSettings = self.config.train
         optimizer = torch.optim.AdamW(
-            self.learner.parameters(),
+            group_parameters(self.learner, self.settings.encoder_rate_factor),
             lr=self.settings.learning_rate,
             weight_decay=self.settings.weight_decay,
         )
@@ -131,11 +132,12 @@ class Training:
         # Reseeding makes dropout and objectives functions of the step too: there is no random state to save.
         torch.manual_seed(_derive_seed(self.config.seed, self.fabric.global_rank, self.step))
         rate = learning_rate(self.step, self.steps, self.settings)
+        lasts = self.settings.encoder_rate_steps is None or self.step < self.settings.encoder_rate_steps
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * (group.get("factor", 1.0) if lasts else 1.0)
         self.learner.train()
         image = batch.image.contiguous(memory_format=self.learner.network.memory_format)
-        every = self.settings.compare_gradients_every
+        every = self.settings.diagnose_every
         compare = bool(every) and self.step % every == 0
         losses: dict[str, Tensor] = self.wrapped(
             image, batch.label, batch.domain, self.step / self.steps, compare
@@ -265,6 +267,18 @@ class Training:
             yield writer
         finally:
             writer.close()
+
+
+def group_parameters(learner: Learner, encoder_factor: float) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: the encoder with a factor on its learning rate, and the rest."""
+    if encoder_factor == 1:
+        return [{"params": list(learner.parameters())}]
+    encoder = encoder_tensors(learner.network)
+    chosen = {id(p) for name, p in learner.network.named_parameters() if name in encoder}
+    return [
+        {"params": [p for p in learner.parameters() if id(p) not in chosen], "factor": 1.0},
+        {"params": [p for p in learner.parameters() if id(p) in chosen], "factor": encoder_factor},
+    ]
 
 
 def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:

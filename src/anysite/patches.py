@@ -65,7 +65,7 @@ class PreparedCases:
         self.folder: Path | None = None
         self.cases: list[PreparedCase] = []
         held = 0
-        for index, case in enumerate(dataset.labelled):
+        for index, case in enumerate(dataset.usable):
             prepared = prepare(case, dataset, plan, domains.index(case.domain))
             size = prepared.image.nbytes + prepared.label.nbytes
             if held + size > memory_gb * 2**30:
@@ -94,14 +94,17 @@ class PreparedCases:
 
 
 def prepare(case: Case, dataset: Dataset, plan: Plan, domain: int) -> PreparedCase:
-    """Read one labelled case and bring it onto the plan's grid.
+    """Read one case and bring it onto the plan's grid; where labels are disregarded all is background.
 
     Raises:
         DataError: the case cannot be read or does not fit the plan; the text names the case.
     """
     try:
         image = plan.to_grid(case.image())
-        label = plan.label_to_grid(dataset.class_indices(case.label(), where=case.label_path))
+        if dataset.unlabelled:
+            label = torch.zeros(image.shape[1:], dtype=torch.uint8)
+        else:
+            label = plan.label_to_grid(dataset.class_indices(case.label(), where=case.label_path))
         if image.shape[1:] != label.shape:
             raise GeometryError(
                 f"a label of shape {tuple(label.shape)}", expected=f"{tuple(image.shape[1:])}"

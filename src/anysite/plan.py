@@ -157,7 +157,7 @@ class _Fingerprint:
 
 
 def learn_plan(dataset: Dataset, settings: PlanSettings, threads: int = 2) -> Plan:
-    """Choose grid, normalisation, dimension and patch size from the labelled cases of `dataset`.
+    """Choose grid, normalisation, dimension and patch size from the usable cases of `dataset`.
 
     Pass the training cases and nothing else: whatever is in `dataset` shapes the plan.
 
@@ -165,22 +165,23 @@ def learn_plan(dataset: Dataset, settings: PlanSettings, threads: int = 2) -> Pl
         DataError: no labelled cases, or cases that differ in channels or spatial axes.
         ConfigError: a setting that does not fit the data.
     """
-    if not dataset.labelled:
+    cases = dataset.usable
+    if not cases:
         raise DataError("no labelled training cases", where=dataset.name)
     with ThreadPoolExecutor(threads) as pool:
-        prints = list(pool.map(lambda case: _fingerprint(case, dataset), dataset.labelled))
-    for case, found in zip(dataset.labelled, prints, strict=True):
+        prints = list(pool.map(lambda case: _fingerprint(case, dataset), cases))
+    for case, found in zip(cases, prints, strict=True):
         if (len(found.shape), found.channels) != (len(prints[0].shape), prints[0].channels):
             raise DataError(
                 f"{len(found.shape)} spatial axes and {found.channels} channels",
                 where=case.id,
-                expected=f"{len(prints[0].shape)} and {prints[0].channels} as in {dataset.labelled[0].id}",
+                expected=f"{len(prints[0].shape)} and {prints[0].channels} as in {cases[0].id}",
             )
         if found.unit != prints[0].unit:
             raise DataError(
                 f"spacing in {found.unit}",
                 where=case.id,
-                expected=f"{prints[0].unit} as in {dataset.labelled[0].id}",
+                expected=f"{prints[0].unit} as in {cases[0].id}",
             )
     image_dimension = len(prints[0].shape)
     spacing = np.median([p.spacing for p in prints], axis=0)
@@ -270,6 +271,10 @@ def _round_up(size: float) -> int:
 
 def _fingerprint(case: Case, dataset: Dataset) -> _Fingerprint:
     image = case.image().oriented("RAS")
+    if dataset.unlabelled:
+        # Air and the black around a picture are no part of what is imaged.
+        spatial = tuple(range(1, image.array.ndim))
+        return _describe(image, (image.array > image.array.mean(spatial, keepdims=True)).any(0))
     label = dataset.class_indices(case.label(), where=case.label_path).oriented("RAS")
     if not image.same_grid(label):
         raise GeometryError(
@@ -278,7 +283,11 @@ def _fingerprint(case: Case, dataset: Dataset) -> _Fingerprint:
             expected=f"the image's shape {image.shape} and spacing {_listed(image.spacing)}, at the same place",
             fix="run anysite check to list every such case",
         )
-    foreground = image.array[:, label.array[0] > 0].astype(np.float32)
+    return _describe(image, label.array[0] > 0)
+
+
+def _describe(image: Volume, inside: np.ndarray) -> _Fingerprint:
+    foreground = image.array[:, inside].astype(np.float32)
     if foreground.shape[1] > 2000:  # enough for percentiles, and the same voxels every time
         foreground = foreground[:, np.random.default_rng(0).choice(foreground.shape[1], 2000, replace=False)]
     minimum = tuple(float(c.min()) for c in image.array)

@@ -94,6 +94,11 @@ def open_run(path: Path) -> Run:
     return Run(path, read_config(path), read_plan(path), read_splits(path), manifest)
 
 
+def is_pretraining(run: Run) -> bool:
+    """Tell whether a run learned from images alone, so that it segments nothing."""
+    return run.manifest.get("kind") == "pretraining"
+
+
 def is_finished(path: Path) -> bool:
     """Tell whether the training in a run folder came to its end."""
     return bool(read_manifest(path).get("finished"))
@@ -152,6 +157,11 @@ def start(
     # The shape nnU-Net users know: a list of folds, here one.
     atomic.write_json(path / "splits_final.json", [{"train": splits["training"], "val": splits["held_out"]}])
     atomic.write_json(path / MANIFEST, {"anysite": __version__, "created": now(), "finished": False, **facts})
+
+
+def note(path: Path, **facts: Any) -> None:
+    """Add facts to what the manifest of an unfinished run says."""
+    atomic.write_json(path / MANIFEST, read_manifest(path) | facts)
 
 
 def finish(path: Path, network: Network, **facts: Any) -> None:

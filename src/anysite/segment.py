@@ -19,7 +19,7 @@ from anysite.errors import ConfigError, RunError
 from anysite.networks import Network
 from anysite.patches import slide
 from anysite.plan import Plan
-from anysite.runs import Run
+from anysite.runs import Run, is_pretraining
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +39,20 @@ class Segmenter:
     """Segments images with the networks of one or several runs, whose probabilities are averaged.
 
     Raises:
-        RunError: the runs do not segment the same classes.
+        RunError: the runs do not segment the same classes, or one of them is a pretraining.
     """
 
     def __init__(
         self, runs: Sequence[Run], settings: PredictSettings | None = None, accelerator: str = "auto"
     ) -> None:
+        for run in runs:
+            if is_pretraining(run):
+                raise RunError(
+                    "a pretraining, which segments nothing",
+                    where=run.path,
+                    expected="a run of anysite train",
+                    fix=f"train from it with --set pretrained={run.path}",
+                )
         for run in runs[1:]:
             if (run.plan.classes, run.plan.regions) != (runs[0].plan.classes, runs[0].plan.regions):
                 raise RunError(

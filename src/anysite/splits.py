@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 
 from anysite.config import Config
 from anysite.data.case import Dataset
@@ -16,12 +18,15 @@ class Splits:
     Attributes:
         held_out: Patients of the training sites that are not trained on: they measure, and choose nothing.
         test: The sites kept out of training altogether.
+        images: All cases of training sites, labelled or not, whose patients are neither held out nor tested: what
+            a pretraining may see.
         dropped: Cases of training sites left out because their patient is also at a test site.
     """
 
     training: Dataset
     held_out: Dataset
     test: Dataset
+    images: Dataset
     dropped: tuple[str, ...] = ()
 
     def as_ids(self) -> dict[str, list[str]]:
@@ -36,11 +41,16 @@ def split(dataset: Dataset, config: Config) -> Splits:
     Raises:
         DataError: an unknown site, or no labelled case left to train on.
     """
-    source, test = dataset.leave_out(config.test_domains)
+    everything, test = dataset.leave_out(config.test_domains)
     tested = {case.patient for case in test.cases}
-    dropped = tuple(case.id for case in source.labelled if case.patient in tested)
-    source = source.with_cases(case for case in source.labelled if case.patient not in tested)
+    dropped = tuple(case.id for case in everything.usable if case.patient in tested)
+    source = everything.with_cases(case for case in everything.usable if case.patient not in tested)
     training, held_out = source.hold_out_patients(config.train.validation_fraction, config.seed)
+    apart = tested | {case.patient for case in held_out.cases}
+    images = everything.with_cases(case for case in everything.cases if case.patient not in apart)
+    if config.train.labelled_patients is not None:
+        chosen = draw_patients(training, config.train.labelled_patients, config.seed)
+        training = training.with_cases(case for case in training.cases if case.patient in chosen)
     if not training.cases:
         raise DataError(
             "no labelled cases to train on",
@@ -51,4 +61,25 @@ def split(dataset: Dataset, config: Config) -> Splits:
             if dropped
             else "",
         )
-    return Splits(training, held_out, test, dropped)
+    return Splits(training, held_out, test, images, dropped)
+
+
+def draw_patients(dataset: Dataset, count: int, seed: int) -> set[str]:
+    """Return `count` patients, the sites taking turns; a smaller count gives a subset of the same seed's.
+
+    Raises:
+        DataError: there are not so many.
+    """
+    orders = []
+    for domain in dataset.domains:
+        patients = sorted({case.patient for case in dataset.cases if case.domain == domain})
+        orders.append(random.Random(f"{seed}/{domain}/labelled").sample(patients, len(patients)))
+    turns = chain.from_iterable(zip_longest(*orders))
+    patients = list(dict.fromkeys(patient for patient in turns if patient is not None))
+    if count > len(patients):
+        raise DataError(
+            f"{len(patients)} labelled patients to train on",
+            where=dataset.name,
+            expected=f"at least train.labelled_patients={count}",
+        )
+    return set(patients[:count])

@@ -8,22 +8,24 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 
-from anysite import compute, runs
-from anysite.config import Config, differing_settings
+from anysite import compute, registry, runs
+from anysite.config import Config, PretrainSettings, differing_settings
 from anysite.data.case import Dataset
 from anysite.errors import ConfigError, RunError
-from anysite.learner import build_learner
+from anysite.learner import build_learner, needs_labels
 from anysite.loop import Progress, Training
+from anysite.networks import Network, encoder_tensors
 from anysite.patches import PatchSampler, PreparedCases
-from anysite.plan import learn_plan
+from anysite.plan import Plan, learn_plan
 from anysite.splits import split
+from anysite.transfer import transfer
 
 
 def train(
@@ -35,13 +37,17 @@ def train(
     resume: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     facts: dict[str, Any] | None = None,
+    plan: Plan | None = None,
 ) -> runs.Run:
     """Train on every site of `dataset` but the configured test sites, and write a run folder.
+
+    Where no configured objective needs labels, all images are learned from and the labels disregarded.
 
     Args:
         budget_s: Wall-clock seconds; the number of steps is then chosen from the measured time of a step.
         resume: Continue an interrupted run; on CPU the result is bit-identical to an uninterrupted one.
         facts: Anything to keep in the run's manifest, such as the preset's name.
+        plan: To follow instead of learning one from the training cases.
 
     Raises:
         ConfigError: settings that do not fit each other or the data.
@@ -50,9 +56,13 @@ def train(
         TrainingError: a loss or gradient that is not finite.
         InterruptedTraining: SIGTERM or SIGINT arrived; a checkpoint was saved.
     """
-    job = _Job(dataset, config, Path(output), budget_s, resume, time.monotonic(), on_progress, facts or {})
+    job = _Job(
+        dataset, config, Path(output), budget_s, resume, time.monotonic(), on_progress, facts or {}, plan
+    )
     if resume and (job.output / runs.CONFIG).is_file():
         job = replace(job, kept=runs.read_config(job.output))
+    if not needs_labels(job.kept or config):
+        job = replace(job, dataset=dataset.without_labels())
     fabric = start_fabric(job.kept or config)
     with runs.locked(job.output) if fabric.is_global_zero else nullcontext():
         if fabric.is_global_zero:
@@ -75,6 +85,7 @@ class _Job:
     started: float
     on_progress: Callable[[Progress], None]
     facts: dict[str, Any]
+    plan: Plan | None = None
     kept: Config | None = None
 
     def warn(self, note: str) -> None:
@@ -94,10 +105,13 @@ def _start(job: _Job) -> None:
     splits = split(job.dataset, job.config)
     if splits.dropped:
         job.warn(f"{len(splits.dropped)} cases train nowhere, because their patient is also at a test site")
-    plan = learn_plan(splits.training, job.config.plan, compute.use_threads(job.config.train.threads))
+    threads = compute.use_threads(job.config.train.threads)
+    plan = job.plan or learn_plan(splits.training, job.config.plan, threads)
     domains = splits.training.domains
-    build_learner(job.config, plan, domains)  # so that a wrong setting leaves no run folder behind
+    learner = build_learner(job.config, plan, domains)  # so that a wrong setting leaves no run folder behind
+    _check_start(job.config, learner.network)
     facts = {
+        "kind": "pretraining" if job.dataset.unlabelled else "segmentation",
         "dataset": job.dataset.name,
         "train_domains": list(domains),
         "budget_s": job.budget_s,
@@ -135,8 +149,10 @@ def _fit(fabric: Fabric, job: _Job) -> None:
     training = build_training(fabric, job.dataset, config, job.output, job.on_progress, threads)
     if (job.output / runs.CHECKPOINT).is_file():
         training.restore()
-    elif (budget_s := runs.read_manifest(job.output).get("budget_s")) is not None:
-        training.fit_budget(lambda: budget_s - (time.monotonic() - job.started))
+    else:
+        _load_start(fabric, job, training)
+        if (budget_s := runs.read_manifest(job.output).get("budget_s")) is not None:
+            training.fit_budget(lambda: budget_s - (time.monotonic() - job.started))
     began = time.monotonic()
     training.run()
     if fabric.is_global_zero:
@@ -146,9 +162,70 @@ def _fit(fabric: Fabric, job: _Job) -> None:
             "seconds": round(now - job.started, 1),
             "share_of_time_waiting_for_batches": round(training.waited_s / max(now - began, 1e-9), 4),
             "threads": threads,
+            "encoder": sorted(encoder_tensors(training.learner.network)),
         }
         runs.finish(job.output, training.learner.network, **facts)
     fabric.barrier()
+
+
+def _check_start(config: Config, network: Network) -> None:
+    """Find out before anything is written whether the weights to start from exist and fit.
+
+    Raises:
+        ConfigError: they do not, or a pretraining would need labels.
+    """
+    for name in config.pretrain.objectives:
+        if registry.find("objective", name).needs_label:
+            raise ConfigError(f"objective {name!r}, which needs labels", where="pretrain.objectives")
+    if config.pretrained is not None:
+        if config.pretrain.objectives:
+            raise ConfigError("both pretrained and pretrain.objectives", expected="one of the two")
+        transfer(runs.open_run(Path(config.pretrained)), network)
+
+
+def _load_start(fabric: Fabric, job: _Job, training: Training) -> None:
+    """Put the weights of an earlier run, or of a pretraining done now, into the network; note what was taken."""
+    config = training.config
+    if config.pretrain.objectives:
+        run = _pretrain(fabric, job, training)
+    elif config.pretrained is not None:
+        run = runs.open_run(Path(config.pretrained))
+    else:
+        return
+    started_from = {"run": str(run.path), **asdict(transfer(run, training.learner.network))}
+    if fabric.is_global_zero:
+        runs.note(job.output, started_from=started_from)
+
+
+def _pretrain(fabric: Fabric, job: _Job, training: Training) -> runs.Run:
+    """Learn from the images of the training sites, labelled or not, on the plan of the training to come."""
+    if fabric.world_size > 1:
+        raise ConfigError(
+            "pretrain.objectives with several processes",
+            expected="one process",
+            fix="run anysite pretrain first, and train with --set pretrained=RUN",
+        )
+    config, stage = training.config, training.config.pretrain
+    settings = config.train.model_copy(
+        update={
+            "steps": stage.steps, "learning_rate": stage.learning_rate, "validation_fraction": 0.0,
+            "batch_size": stage.batch_size or config.train.batch_size, "labelled_patients": None,
+        }
+    )  # fmt: skip
+    alone = {
+        "objectives": stage.objectives,
+        "pretrain": PretrainSettings(),
+        "test_domains": (),
+        "train": settings,
+    }
+    return train(
+        split(job.dataset, config).images,
+        config.model_copy(update=alone),
+        job.output / "pretraining",
+        resume=True,
+        on_progress=job.on_progress,
+        plan=training.plan,
+    )
 
 
 def build_training(

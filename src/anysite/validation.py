@@ -18,9 +18,13 @@ OVERLAP = 0.25
 def prepare_validation(held_out: Dataset, plan: Plan, count: int) -> list[PreparedCase]:
     """Bring up to `count` held-out cases onto the grid, the sites taking turns so that all are heard.
 
+    None where labels are disregarded, for there is no Dice to measure.
+
     Raises:
         DataError: a case cannot be used.
     """
+    if held_out.unlabelled:
+        return []
     by_site = [[c for c in held_out.cases if c.domain == domain] for domain in held_out.domains]
     longest = max((len(cases) for cases in by_site), default=0)
     ordered = [cases[i] for i in range(longest) for cases in by_site if i < len(cases)]

@@ -78,6 +78,7 @@ class Dataset:
         region_classes: The class index that each region stands for in a label map, where the regions are
             painted over each other in their order (nnU-Net's `regions_class_order`).
         provenance: Licence, link, modality and the like, for people.
+        unlabelled: Whether labels are disregarded altogether, as a pretraining does.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Dataset:
     region_names: tuple[str, ...] = ()
     region_classes: tuple[int, ...] = ()
     provenance: dict[str, str] = field(default_factory=dict)
+    unlabelled: bool = False
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -98,6 +100,22 @@ class Dataset:
     def labelled(self) -> tuple[Case, ...]:
         """The cases that have a label file."""
         return tuple(case for case in self.cases if case.label_path is not None)
+
+    @property
+    def usable(self) -> tuple[Case, ...]:
+        """The cases that can be trained on: those with a label file, or all where labels are disregarded."""
+        return self.cases if self.unlabelled else self.labelled
+
+    def without_labels(self) -> Dataset:
+        """Return this dataset as images alone, in which nothing but background is known."""
+        return Dataset(
+            self.name,
+            tuple(replace(case, label_path=None) for case in self.cases),
+            ("background", "foreground"),
+            (0, 1),
+            provenance=self.provenance,
+            unlabelled=True,
+        )
 
     def with_cases(self, cases: Iterable[Case]) -> Dataset:
         """Return this dataset with other cases."""

@@ -22,7 +22,9 @@ class Network(nn.Module, ABC):
     Attributes:
         widths: The channels of every feature that `encode` returns, bottleneck last.
         stride: The total down-sampling of the bottleneck along each spatial axis.
+        channels: The channels of the image.
         patch_size: The spatial shape in voxels for which the network was built.
+        fixed_size: Whether it takes images of `patch_size` alone, and not of other multiples of `stride`.
         channels_last: Whether it computes faster with the channels innermost in memory, as measured.
 
     Raises:
@@ -31,6 +33,7 @@ class Network(nn.Module, ABC):
 
     widths: tuple[int, ...]
     stride: tuple[int, ...]
+    fixed_size: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False
 
     def __init__(self, channels: int, classes: int, patch_size: Sequence[int]) -> None:
@@ -40,7 +43,7 @@ class Network(nn.Module, ABC):
                 f"{list(patch_size)}", where="plan.patch_size", expected="2 or 3 numbers of voxels"
             )
         require_counts(channels=channels, classes=classes)
-        self.patch_size = tuple(patch_size)
+        self.channels, self.patch_size = channels, tuple(patch_size)
 
     @property
     def dimension(self) -> int:
@@ -89,18 +92,33 @@ class Network(nn.Module, ABC):
             )
 
 
-def require_counts(**settings: object) -> None:
-    """Raise ConfigError naming the first setting that is not a whole number of at least 1."""
+def encoder_tensors(network: Network) -> set[str]:
+    """Return the names, in the network's state, of the parameters and buffers that `encode` depends on."""
+    parameters = dict(network.named_parameters())
+    training = network.training
+    network.eval()
+    first = next(iter(parameters.values()))
+    features = network.encode(first.new_zeros(1, network.channels, *network.patch_size))
+    total = torch.stack([feature.float().sum() for feature in features]).sum()
+    gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    network.train(training)
+    names = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    modules = {name.rpartition(".")[0] for name in names}
+    return names | {name for name, _ in network.named_buffers() if name.rpartition(".")[0] in modules}
+
+
+def require_counts(where: str = "network", /, **settings: object) -> None:
+    """Raise ConfigError naming the first setting of `where` that is not a whole number of at least 1."""
     for name, value in settings.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{value!r}", where=f"network.{name}", expected="a whole number of at least 1")
+            raise ConfigError(f"{value!r}", where=f"{where}.{name}", expected="a whole number of at least 1")
 
 
-def require_fractions(**settings: object) -> None:
-    """Raise ConfigError naming the first setting that is not a number from 0 to below 1."""
+def require_fractions(where: str = "network", /, **settings: object) -> None:
+    """Raise ConfigError naming the first setting of `where` that is not a number from 0 to below 1."""
     for name, value in settings.items():
         if not isinstance(value, int | float) or not 0 <= value < 1:
-            raise ConfigError(f"{value!r}", where=f"network.{name}", expected="a number from 0 to below 1")
+            raise ConfigError(f"{value!r}", where=f"{where}.{name}", expected="a number from 0 to below 1")
 
 
 def require_multiples(step: int, **settings: int) -> None:

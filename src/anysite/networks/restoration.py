@@ -98,6 +98,14 @@ def list_scales(stride: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(2 if level < count else 1 for count in halvings) for level in range(max(halvings))]
 
 
+def scale_to_unit(image: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
+    """Return every channel of every sample from its minimum to its maximum as -1 to 1."""
+    flat = image.float().flatten(2)
+    low, high = flat.amin(2, keepdim=True), flat.amax(2, keepdim=True)
+    extent = (high - low).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((flat - low) / extent * 2 - 1).view(image.shape)
+
+
 def _convolution(dimension: int) -> type[nn.Conv2d | nn.Conv3d]:
     return nn.Conv2d if dimension == 2 else nn.Conv3d
 

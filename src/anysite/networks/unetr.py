@@ -28,6 +28,8 @@ class UNETR(Network):
         ConfigError: a setting out of range, or a patch size that is no multiple of 16.
     """
 
+    fixed_size = True
+
     def __init__(
         self,
         channels: int,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -13,12 +15,12 @@ from anysite.plan import Plan
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What a training step offers to objectives.
+    """What a training step offers to objectives; the network runs when the first of them asks for its result.
 
     Attributes:
+        label: Class indices; zeros where the training uses no labels.
         domain: Index of each sample's site among the training sites.
         progress: Share of training done, 0 to 1, for ramps.
-        features: The network's encoding of `image`, bottleneck last.
     """
 
     image: Float[Tensor, "b c *s"]
@@ -26,8 +28,16 @@ class Step:
     domain: Int[Tensor, " b"]
     progress: float
     network: Network
-    features: list[Tensor]
-    logits: Float[Tensor, "b k *s"]
+
+    @cached_property
+    def features(self) -> list[Tensor]:
+        """The network's encoding of `image`, bottleneck last."""
+        return self.network.encode(self.image)
+
+    @cached_property
+    def logits(self) -> Float[Tensor, "b k *s"]:
+        """The network's logits for `image`."""
+        return self.network.decode(self.features)
 
 
 class Objective(nn.Module):
@@ -35,7 +45,12 @@ class Objective(nn.Module):
 
     `attach` is called once before training with everything that may shape the objective's own modules,
     `forward` on every step, `after_step` after the optimizer moved the weights.
+
+    Attributes:
+        needs_label: Whether it reads `Step.label`; a training whose objectives all do without is a pretraining.
     """
+
+    needs_label: ClassVar[bool] = True
 
     def __init__(self, *, weight: float = 1.0) -> None:
         super().__init__()

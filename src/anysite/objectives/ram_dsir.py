@@ -16,7 +16,7 @@ from torch import Tensor
 from anysite.augment import mix_with_partners
 from anysite.errors import ConfigError
 from anysite.networks import Network
-from anysite.networks.restoration import RestorationDecoder
+from anysite.networks.restoration import RestorationDecoder, scale_to_unit
 from anysite.objectives import Objective, Step
 from anysite.objectives.supervised import Supervised
 from anysite.plan import Plan
@@ -149,11 +149,3 @@ def symmetric_divergence(
     log_one, log_other = one.log_softmax(1), other.log_softmax(1)
     divergence = (log_one.exp() - log_other.exp()) * (log_one - log_other)
     return divergence.mean() if official else divergence.sum(1).mean()
-
-
-def scale_to_unit(image: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
-    """Return every channel of every sample from its minimum to its maximum as -1 to 1."""
-    flat = image.float().flatten(2)
-    low, high = flat.amin(2, keepdim=True), flat.amax(2, keepdim=True)
-    extent = (high - low).clamp(min=torch.finfo(torch.float32).tiny)
-    return ((flat - low) / extent * 2 - 1).view(image.shape)

@@ -1,0 +1,65 @@
+"""Masked autoencoder, a pretraining: He, Chen, Xie, Li, Dollár, Girshick, 2022, https://arxiv.org/abs/2111.06377."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from anysite.networks import Network, require_counts, require_fractions
+from anysite.networks.restoration import RestorationDecoder, scale_to_unit
+from anysite.objectives import Objective, Step
+from anysite.plan import Plan
+
+
+class MaskedAutoencoder(Objective):
+    """Blocks of the image are blanked, and a decoder without skips draws them from the bottleneck.
+
+    Args:
+        block_voxels: Side of a block along each axis; thinner where the patch has fewer voxels.
+        ratio: Share of blocks blanked.
+
+    Raises:
+        ConfigError: a count below one, or a share out of range.
+    """
+
+    needs_label = False
+
+    def __init__(self, *, weight: float = 1.0, block_voxels: int = 16, ratio: float = 0.6) -> None:
+        super().__init__(weight=weight)
+        require_counts("objectives.masked_autoencoder", block_voxels=block_voxels)
+        require_fractions("objectives.masked_autoencoder", ratio=ratio)
+        self.block_voxels, self.ratio = block_voxels, ratio
+
+    def attach(self, network: Network, plan: Plan, domains: tuple[str, ...]) -> None:
+        """Build the decoder on the network's bottleneck."""
+        self.decoder = RestorationDecoder(network.widths[-1], network.stride, plan.network_channels)
+
+    def forward(self, step: Step) -> Float[Tensor, ""]:
+        """Return the mean squared error over the blanked voxels, the image scaled to -1..1."""
+        masked = draw_blocks(len(step.image), step.image.shape[2:], self.block_voxels, self.ratio)
+        masked = masked[:, None].to(step.image.device)
+        # Images are normalised, so that zero is their mean.
+        features = step.network.encode(step.image.masked_fill(masked, 0.0))
+        error = (self.decoder(features[-1], step.domain) - scale_to_unit(step.image)).square()
+        weight = masked.expand_as(error).float()
+        return (error * weight).sum() / weight.sum().clamp(min=1)
+
+
+def draw_blocks(
+    count: int,
+    shape: Sequence[int],
+    block_voxels: int,
+    ratio: float,
+    generator: torch.Generator | None = None,
+) -> Bool[Tensor, "b *s"]:
+    """Return masks in which a random share `ratio` of the blocks is true, exactly as many in every sample."""
+    cells = [-(-n // min(block_voxels, n)) for n in shape]
+    total = torch.tensor(cells).prod().item()
+    order = torch.rand(count, int(total), generator=generator).argsort(1)
+    mask = (order < round(ratio * total)).view(count, *cells)
+    for axis, n in enumerate(shape, start=1):
+        mask = mask.repeat_interleave(min(block_voxels, n), dim=axis).narrow(axis, 0, n)
+    return mask

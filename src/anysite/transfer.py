@@ -1,0 +1,78 @@
+"""Starting a network from the weights of an earlier run, and saying which of them it took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anysite import runs
+from anysite.errors import ConfigError
+from anysite.networks import Network, encoder_tensors
+
+LEAST_SHARE = 0.5  # of the encoder's values; with fewer a training would all but start from scratch
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What became of each tensor of a network that starts from a run.
+
+    Attributes:
+        reshaped: Taken from a network of other input channels: the mean over them, once for each of ours.
+        skipped: Why each of the rest keeps its random values.
+        encoder_share: Share of the encoder's values that were taken or reshaped.
+    """
+
+    taken: tuple[str, ...]
+    reshaped: tuple[str, ...]
+    skipped: dict[str, str]
+    encoder_share: float
+
+
+def transfer(run: runs.Run, network: Network) -> Transfer:
+    """Put the weights of `run` into `network` wherever they fit: of a pretraining the encoder's, else all.
+
+    Raises:
+        ConfigError: so little fits that the network would all but train from scratch.
+        RunError: the weights cannot be read.
+    """
+    found, _ = runs.load_tensors(run.path / runs.WEIGHTS)
+    offered = set(run.manifest["encoder"]) if runs.is_pretraining(run) else set(found)
+    state = network.state_dict()
+    encoder = {name for name in encoder_tensors(network) if state[name].is_floating_point()}
+    taken: dict[str, Tensor] = {}
+    reshaped: dict[str, Tensor] = {}
+    skipped: dict[str, str] = {}
+    for name, tensor in state.items():
+        source = found.get(name)
+        if source is None:
+            skipped[name] = "absent from the run"
+        elif name not in offered:
+            skipped[name] = "not pretrained"
+        elif source.shape == tensor.shape:
+            taken[name] = source
+        elif _differs_in_channels(source, tensor):
+            reshaped[name] = source.mean(1, keepdim=True).expand_as(tensor) * (
+                source.shape[1] / tensor.shape[1]
+            )
+        else:
+            skipped[name] = "of another shape"
+    fitting = sum(state[name].numel() for name in encoder & (taken.keys() | reshaped.keys()))
+    share = fitting / sum(state[name].numel() for name in encoder)
+    result = Transfer(tuple(taken), tuple(reshaped), skipped, share)
+    if share < LEAST_SHARE:
+        raise ConfigError(
+            f"a run whose weights fit {100 * share:.0f} % of the encoder",
+            where=f"pretrained={run.path}",
+            expected=f"at least {100 * LEAST_SHARE:.0f} %: network {run.config.network.name} of the same settings and "
+            f"patch size {list(run.plan.patch_size)}",
+            fix="use the settings of that run, or leave pretrained out to train from scratch",
+        )
+    network.load_state_dict({**state, **taken, **reshaped})
+    return result
+
+
+def _differs_in_channels(source: Tensor, target: Tensor) -> bool:
+    same_otherwise = source.shape[:1] == target.shape[:1] and source.shape[2:] == target.shape[2:]
+    return source.ndim == target.ndim > 2 and same_otherwise and torch.is_floating_point(source)
