@@ -114,6 +114,32 @@ def test_splits_are_unseen_at_the_test_site_and_in_domain_elsewhere(
         assert {name for _, name in counts} == set(phantom.classes[1:])
 
 
+def test_fewer_labels_are_scored_on_the_same_cases(
+    phantom: Dataset, phantom_folder: Path, tmp_path: Path
+) -> None:
+    jobs = list_jobs(
+        phantom,
+        phantom_folder,
+        ["baseline"],
+        [0],
+        "leave-one-out",
+        TINY,
+        test_domains=["west"],
+        labels=[1, 3, None],
+    )
+    assert [job.labels for job in jobs] == [1, 3, None]
+    assert len({job.digest for job in jobs}) == 3
+    outcomes = [run_job(job, 1, None) for job in (jobs[0], jobs[2])]
+    assert [outcome.error for outcome in outcomes] == ["", ""]
+    few, every = ([r for r in o.rows if r["split"] != "run"] for o in outcomes)
+    assert {r["labels"] for r in few} == {"1"}
+    assert {r["labels"] for r in every} == {"all"}
+    places = [{(r["case"], r["class"], r["split"]) for r in rows} for rows in (few, every)]
+    assert places[0] == places[1]
+    with pytest.raises(ConfigError, match="0 labelled patients"):
+        list_jobs(phantom, tmp_path, ["baseline"], [0], "pooled", labels=[0])
+
+
 def test_what_a_training_cost_is_kept(finished: tuple[Path, list[JobOutcome]]) -> None:
     costs = [r for r in read_rows(finished[0]) if r["split"] == "run"]
     assert [r["metric"] for r in costs] == COSTS * 2

@@ -34,6 +34,7 @@ class Job:
     train_domains: tuple[str, ...]
     budget_s: float | None
     metrics: tuple[str, ...]
+    labels: int | None = None
 
     @property
     def name(self) -> str:
@@ -42,9 +43,12 @@ class Job:
 
     @property
     def settings(self) -> config.Config:
-        """The preset as it is now, with the job's overrides, seed and test sites."""
+        """The preset as it is now, with the job's overrides, seed, test sites and number of labelled patients."""
         sites = ", ".join(f'"{domain}"' for domain in self.test_domains)
-        return config.load(self.method, [*self.overrides, f"seed={self.seed}", f"test_domains=[{sites}]"])
+        own = [f"seed={self.seed}", f"test_domains=[{sites}]"]
+        if self.labels is not None:
+            own.append(f"train.labelled_patients={self.labels}")
+        return config.load(self.method, [*self.overrides, *own])
 
     @property
     def digest(self) -> str:
@@ -90,6 +94,7 @@ def list_jobs(
     budget_s: float | None = None,
     test_domains: Sequence[str] = (),
     metrics: Sequence[str] = ("dice",),
+    labels: Sequence[int | None] = (None,),
 ) -> list[Job]:
     """Return the jobs of a protocol: every site left out in turn, every site alone, or all sites pooled.
 
@@ -97,6 +102,7 @@ def list_jobs(
         protocol: "leave-one-out", "train-on-one" or "pooled".
         test_domains: Only these sites are left out; all of them where empty.
         metrics: Which metrics to keep rows of.
+        labels: From how many labelled patients to learn, None for all; fewer are a subset of more.
 
     Raises:
         ConfigError: an unknown protocol, method, metric or site, methods of one name, a
@@ -107,6 +113,8 @@ def list_jobs(
     names = [_name_of(method) for method in methods]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"{len(twice)} methods named {twice[0]!r}", fix="rename the preset's file")
+    if few := [count for count in labels if count is not None and count < 1]:
+        raise ConfigError(f"{few[0]} labelled patients", expected="1 or more, or all")
     if negative := [seed for seed in seeds if seed < 0]:
         raise ConfigError(f"seed {negative[0]}", expected="0 or above")
     for metric in metrics:
@@ -132,8 +140,8 @@ def list_jobs(
         )
     return [
         Job(str(dataset_path), dataset.name, method, tuple(overrides), seed, out,
-            tuple(d for d in domains if d not in out), budget_s, tuple(metrics))
-        for seed in seeds for out in left_out for method in methods
+            tuple(d for d in domains if d not in out), budget_s, tuple(metrics), count)
+        for seed in seeds for count in labels for out in left_out for method in methods
     ]  # fmt: skip
 
 
@@ -185,7 +193,7 @@ def run_job(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
     folder = Path(tempfile.mkdtemp(prefix="anysite-")) if keep_runs is None else Path(keep_runs)
     try:
         if keep_runs is not None:  # a kept run of other settings must not be taken for this job's
-            parts = (job.dataset, job.name, job.seed, *job.test_domains, job.digest)
+            parts = (job.dataset, job.name, job.seed, *job.test_domains, job.labels or "all", job.digest)
             folder /= "-".join(str(part).replace("/", "_") for part in parts)
         rows = _score(job, open_dataset(Path(job.dataset_path)), folder, threads)
         return JobOutcome(job, rows)
@@ -219,8 +227,9 @@ def _score(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Row]:
     run = train(
         dataset, settings, folder / "run", budget_s=job.budget_s, resume=True, facts={"preset": job.name}
     )
-    trained_on = set(run.splits["training"])
-    cases = [case for case in dataset.labelled if case.id not in trained_on]
+    # Of the training sites only the held-out patients, so that all numbers of labels are scored on the same cases.
+    scored = {*run.splits["held_out"], *run.splits["test"]}
+    cases = [case for case in dataset.labelled if case.id in scored]
     if not cases:
         raise DataError(
             "no case is left to score", where=job.dataset, fix="set train.validation_fraction above 0"
@@ -230,7 +239,8 @@ def _score(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Row]:
     predicting_s = time.monotonic() - began
     # The splits list the sites in the order of their cases, which may differ from the job's.
     context = {
-        "train_domains": "+".join(job.train_domains), "overrides": " ".join(job.overrides), "job": digest
+        "train_domains": "+".join(job.train_domains), "overrides": " ".join(job.overrides), "job": digest,
+        "labels": "all" if job.labels is None else str(job.labels),
     }  # fmt: skip
     result = evaluate(folder / "masks", dataset, threads=threads, context=context)
     if failures or result.failed:

@@ -341,6 +341,12 @@ def benchmark(
         list[str] | None, typer.Option(help="leave out only this site (repeatable)")
     ] = None,
     metrics: Annotated[str, typer.Option(help="metrics to keep rows of, separated by commas")] = "dice",
+    labels: Annotated[
+        str,
+        typer.Option(
+            help="learn from so many labelled patients, such as 1,2,5,all; fewer are a subset of more"
+        ),
+    ] = "all",
     set_: Overrides = None,
     normalisation: Annotated[
         str,
@@ -355,10 +361,8 @@ def benchmark(
     from anysite import console
     from anysite.data.layouts import open_dataset
 
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seeds {seeds}", expected="whole numbers separated by commas") from None
+    numbers = _whole_numbers("--seeds", seeds)
+    counts = [None if part == "all" else _whole_numbers("--labels", part)[0] for part in labels.split(",")]
     overrides = [
         *(set_ or []),
         *([f"predict.normalisation={normalisation}"] if normalisation != "eval" else []),
@@ -366,6 +370,7 @@ def benchmark(
     jobs = benchmarking.list_jobs(
         open_dataset(dataset), dataset, methods.split(","), numbers, protocol,
         overrides, None if budget is None else parse_duration(budget), test_domain or [], metrics.split(","),
+        counts,
     )  # fmt: skip
     began, failed = time.monotonic(), 0
     waiting = benchmarking.unfinished(jobs, output)
@@ -380,6 +385,13 @@ def benchmark(
             f"{failed} of {len(waiting)} jobs failed",
             fix="run the same command again after mending the cause",
         )
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} {text}", expected="whole numbers separated by commas") from None
 
 
 @app.command()

@@ -184,6 +184,8 @@ def show_job(outcome: JobOutcome, number: int, total: int, seconds_left: float) 
     """Print one line on a finished benchmark job."""
     job = outcome.job
     name = f"{number}/{total}  {job.name}  seed {job.seed}  trained on {'+'.join(job.train_domains)}"
+    if job.labels is not None:
+        name += f"  {job.labels} labelled"
     if job.settings.predict.normalisation == "batch":
         name += "  normalised by test batches"
     if outcome.error:

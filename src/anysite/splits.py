@@ -29,6 +29,11 @@ class Splits:
     images: Dataset
     dropped: tuple[str, ...] = ()
 
+    @property
+    def source_domains(self) -> tuple[str, ...]:
+        """The sites whose patients are trained on or held out."""
+        return tuple(dict.fromkeys(case.domain for case in (*self.training.cases, *self.held_out.cases)))
+
     def as_ids(self) -> dict[str, list[str]]:
         """Return the case ids by role."""
         parts = {"training": self.training, "held_out": self.held_out, "test": self.test}

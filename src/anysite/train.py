@@ -113,7 +113,8 @@ def _start(job: _Job) -> None:
     facts = {
         "kind": "pretraining" if job.dataset.unlabelled else "segmentation",
         "dataset": job.dataset.name,
-        "train_domains": list(domains),
+        # With few labelled patients a site may have none that is trained on; its held-out patients stay in domain.
+        "train_domains": list(splits.source_domains),
         "budget_s": job.budget_s,
         **job.facts,
     }
