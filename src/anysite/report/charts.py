@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup
 
 from anysite.report.format import count, points
+from anysite.statistics import Estimate
 
 WIDTH, LEFT, RIGHT, ROW, TOP = 940, 190, 64, 44, 12
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -94,6 +95,72 @@ def difference_plot(differences: Sequence[tuple[str, float]], limit: float, titl
         )
     better = sum(value > 0 for _, value in ordered)
     return _svg(width, height, title, f"Better on {better} of {count(len(ordered), 'case')}.", parts)
+
+
+def line_plot(
+    ticks: Sequence[str],
+    curves: Mapping[str, Sequence[Estimate | None]],
+    title: str,
+    *,
+    width: int = 620,
+    legend: bool = True,
+) -> Markup:
+    """Draw one line a name through its estimates at equally spaced ticks, with their intervals as bars.
+
+    Args:
+        ticks: What stands below the points.
+        curves: By name, one estimate a tick, None where nothing was measured.
+        title: Read out by screen readers.
+        width: In pixels.
+        legend: Name the lines beside their ends.
+    """
+    left, top, height, right = 40, 12, round(0.62 * width), 170 if legend else 12
+    known = [e for estimates in curves.values() for e in estimates if e is not None]
+    lows = [e.mean if e.low is None else e.low for e in known]
+    step = 10 if min(lows, default=0.0) >= 0.5 else 20
+    start = max(0, math.floor(100 * min(lows, default=0.0) / step) * step)
+    bottom = height - 30
+
+    def x(index: int, shift: float = 0.0) -> float:
+        return left + (width - left - right) * (index + 0.5) / len(ticks) + shift
+
+    def y(value: float) -> float:
+        return bottom - (100 * value - start) / max(1, 100 - start) * (bottom - top)
+
+    tick = Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
+    grid = Markup('<line class="grid" x1="{}" x2="{}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    bar = Markup('<line x1="{x:.1f}" x2="{x:.1f}" y1="{:.1f}" y2="{:.1f}"/>')
+    circle = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3"><title>{}: {}</title></circle>')
+    parts = [tick.format(x(index), bottom + 18, "middle", text) for index, text in enumerate(ticks)]
+    for value in range(start, 101, step):
+        parts.append(grid.format(left, width - right, y=y(value / 100)))
+        parts.append(tick.format(left - 6, y(value / 100) + 4, "end", value))
+    for number, (name, estimates) in enumerate(curves.items()):
+        shift = 3.0 * (number - (len(curves) - 1) / 2)  # so that intervals stand side by side
+        at = [(x(index, shift), e) for index, e in enumerate(estimates) if e is not None]
+        path = " ".join(f"{px:.1f},{y(e.mean):.1f}" for px, e in at)
+        marks = [Markup('<polyline points="{}"/>').format(path)]
+        for px, e in at:
+            if e.low is not None and e.high is not None:
+                marks.append(bar.format(y(e.low), y(e.high), x=px))
+            marks.append(circle.format(px, y(e.mean), name, points(e.mean)))
+        if legend and at:
+            # The names stand in their order, not at the ends of the lines, where they might cover each other.
+            marks.append(
+                Markup('<circle cx="{}" cy="{}" r="4"/><text class="name" x="{}" y="{}">{}</text>').format(
+                    width - right + 14,
+                    top + 8 + 18 * number,
+                    width - right + 24,
+                    top + 12 + 18 * number,
+                    _short(name),
+                )
+            )
+        parts.append(Markup('<g class="line line{}">{}</g>').format(number % 8, Markup("").join(marks)))
+    described = "; ".join(
+        f"{name}: {', '.join(f'{t} {points(e.mean)}' for t, e in zip(ticks, es, strict=True) if e)}"
+        for name, es in curves.items()
+    )
+    return _svg(width, height, title, described, parts)
 
 
 def _axis(x: Callable[[float], float], start: int, step: int, bottom: int) -> Markup:

@@ -82,13 +82,13 @@ class MethodSummary:
         return self.in_domain.mean - self.unseen.mean
 
 
-def split_by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Group rows by method, adaptation, number of labels and overrides; names tell apart what differs."""
+def split_by_method(rows: Sequence[Row], *, by_labels: bool = True) -> dict[str, list[Row]]:
+    """Group rows by method, adaptation, overrides and number of labels; names tell apart what differs."""
     variants = {
         method: _name_overrides({row.overrides for row in rows if row.method == method})
         for method in {row.method for row in rows}
     }
-    several_labels = len({row.labels for row in rows}) > 1
+    several_labels = by_labels and len({row.labels for row in rows}) > 1
     methods: dict[str, list[Row]] = {}
     for row in rows:
         name = row.method or "unnamed method"

@@ -14,6 +14,7 @@ from anysite import atomic
 from anysite.errors import DataError
 from anysite.report import format as texts
 from anysite.report.charts import Strip, difference_plot, strip_plot
+from anysite.report.curves import CorruptionCurves, LabelCurves, describe_corruptions, describe_labels
 from anysite.report.evaluation import Evaluation, evaluate
 from anysite.report.methods import MethodSummary, split_by_method, summarise_methods
 from anysite.report.pictures import OKABE_ITO
@@ -37,10 +38,12 @@ class Comparing:
 
 @dataclass(frozen=True)
 class Chapter:
-    """Everything about one dataset; `corrupted` counts rows of corrupted images, which are left out."""
+    """Everything about one dataset; `corrupted` counts rows of corrupted images, which have a section of their own."""
 
     dataset: str
     comparing: Comparing | None
+    labels: LabelCurves | None
+    corruptions: CorruptionCurves | None
     evaluations: tuple[Evaluation, ...]
     corrupted: int
 
@@ -112,13 +115,17 @@ def _by_dataset(sources: Sequence[Source]) -> dict[str, list[Source]]:
 def _chapter(dataset: str, sources: Sequence[Source]) -> Chapter:
     rows = list({row.key: row for source in sources for row in source.rows}.values())
     clean = [row for row in rows if is_clean(row)]
-    methods = split_by_method(clean)
+    labels = describe_labels(clean)
+    # Side by side stand the methods that learned from all labels; the curves hold the others.
+    methods = split_by_method([row for row in clean if labels is None or row.labels == labels.counts[-1]])
     folders = [source for source in sources if source.predictions is not None]
     if not folders and len(methods) == 1:
         folders = [Source(sources[0].path, tuple(clean))]
     return Chapter(
         dataset=dataset,
         comparing=_compare(methods) if len(methods) > 1 else None,
+        labels=labels,
+        corruptions=describe_corruptions(rows),
         evaluations=tuple(evaluate(source) for source in folders),
         corrupted=len(rows) - len(clean),
     )
