@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from anysite import config, registry
 from anysite.cli import app
+from anysite.corrupt import CORRUPTIONS
 
 DOCS = Path(__file__).parent
 
@@ -63,7 +64,21 @@ def describe_methods() -> str:
     return "\n".join(lines)
 
 
+def describe_corruptions() -> str:
+    """Return the page of every corruption with its strengths."""
+    lines = [
+        "# Corruptions", "", "Written by `make docs` from the code; [robustness](robustness.md) says what they are for.",
+        "",
+        "| name | family | what happens, and what the numbers are | severity 1 to 5 |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for name, corruption in CORRUPTIONS.items():
+        strengths = ", ".join(f"{strength:g}" for strength in corruption.strengths)
+        lines.append(f"| `{name}` | {corruption.family} | {corruption.meaning} | {strengths} |")
+    return "\n".join(lines) + "\n"
+
+
 PAGES = {
+    "corruptions.md": describe_corruptions,
     "commands.md": describe_commands,
     "settings.md": describe_settings,
     "methods.md": describe_methods,

@@ -18,7 +18,7 @@ LAYERS = [
     {"registry"},
     {"config"},
     {"data", "metrics"},
-    {"augment"},
+    {"augment", "corrupt"},
     {"plan"},
     {"patches"},
     {"networks"},

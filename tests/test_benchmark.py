@@ -140,6 +140,47 @@ def test_fewer_labels_are_scored_on_the_same_cases(
         list_jobs(phantom, tmp_path, ["baseline"], [0], "pooled", labels=[0])
 
 
+def test_corrupted_copies_of_held_out_images_are_scored_beside_the_clean_ones(
+    phantom: Dataset, phantom_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "rows.jsonl"
+
+    def listed(*names: str) -> list[Job]:
+        return list_jobs(
+            phantom, phantom_folder, ["baseline"], [0], "leave-one-out", TINY, test_domains=["west"],
+            corruptions=names, severities=[1, 5],
+        )  # fmt: skip
+
+    (outcome,) = benchmark(listed("gaussian_noise"), output, keep_runs=tmp_path / "runs")
+    assert outcome.error == ""
+    rows = [row for row in read_rows(output) if row["split"] == "in_domain"]
+    clean = {(r["case"], r["class"]) for r in rows if r["corruption"] == "none"}
+    for severity in (1, 5):
+        found = [r for r in rows if (r["corruption"], r["severity"]) == ("gaussian_noise", severity)]
+        assert {(r["case"], r["class"]) for r in found} == clean
+        assert len({r["corruption_version"] for r in found}) == 1
+    assert not [r for r in read_rows(output) if r["split"] == "unseen" and r["corruption"] != "none"]
+    assert unfinished(listed("gaussian_noise"), output) == []
+    assert unfinished(listed(), output) == []
+    # Another corruption is added to what is there; another version of one replaces it.
+    (more,) = benchmark(listed("jpeg"), output, keep_runs=tmp_path / "runs")
+    assert more.error == ""
+    assert {r["corruption"] for r in read_rows(output)} == {"none", "gaussian_noise", "jpeg"}
+    assert unfinished(listed("gaussian_noise", "jpeg"), output) == []
+    monkeypatch.setattr("anysite.corrupt.VERSION", 999)
+    assert len(unfinished(listed("jpeg"), output)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "text"), [({"corruptions": ["rain"]}, "rain"), ({"severities": [6]}, "severity 6")]
+)
+def test_unknown_corruptions_and_severities_are_refused(
+    options: dict, text: str, phantom: Dataset, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        list_jobs(phantom, tmp_path, ["baseline"], [0], "pooled", **options)
+
+
 def test_what_a_training_cost_is_kept(finished: tuple[Path, list[JobOutcome]]) -> None:
     costs = [r for r in read_rows(finished[0]) if r["split"] == "run"]
     assert [r["metric"] for r in costs] == COSTS * 2

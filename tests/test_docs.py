@@ -29,7 +29,9 @@ def generate() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["commands.md", "settings.md", "methods.md", "evidence.md"])
+@pytest.mark.parametrize(
+    "page", ["commands.md", "settings.md", "methods.md", "corruptions.md", "evidence.md"]
+)
 def test_generated_pages_are_up_to_date(generate: ModuleType, page: str) -> None:
     written = (ROOT / "docs" / page).read_text(encoding="utf-8")
     assert written == generate.PAGES[page](), "run make docs"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from anysite import registry, runs
 from anysite.config import PlanSettings, load
@@ -158,6 +159,20 @@ def test_labels_play_no_part(method: str, phantom: Dataset, tmp_path: Path) -> N
     assert with_labels.plan == without.plan
 
 
+@pytest.mark.parametrize(("method", "columns"), [
+    ("tile_autoencoder", ["image", "tiles drawn", "blanked", "whole drawn"]),
+    ("masked_autoencoder", ["image", "blanked", "drawn"]),
+])  # fmt: skip
+def test_what_was_drawn_is_there_to_look_at(
+    method: str, columns: list[str], phantom: Dataset, tmp_path: Path
+) -> None:
+    run = train(phantom, pretraining("train.batch_size=3", method=method), tmp_path / "run")
+    with Image.open(run.path / f"preview_{method}.png") as picture:
+        assert picture.size == (32 * len(columns), 32 * 3)
+        assert picture.info["columns"].split(", ") == columns
+        assert len(set(picture.tobytes())) > 20
+
+
 def test_pretraining_resumes_bit_identically(phantom: Dataset, tmp_path: Path) -> None:
     whole = train(phantom, pretraining(), tmp_path / "whole")
 
@@ -259,6 +274,19 @@ def test_both_stages_in_one_training(phantom: Dataset, tmp_path: Path) -> None:
     assert set(run.splits["training"]) < seen
     assert len({case_of[name].patient for name in run.splits["training"]}) == 2
     assert run.manifest["started_from"]["encoder_share"] == 1
+
+
+def test_the_preset_does_both_stages(phantom: Dataset, tmp_path: Path) -> None:
+    overrides = [
+        "plan.patch_size=[32, 32]",
+        "train.steps=2",
+        "pretrain.steps=2",
+        "network.width=4",
+        "train.threads=1",
+    ]
+    run = train(phantom, load("t_ae", overrides), tmp_path / "run")
+    assert run.manifest["started_from"]["encoder_share"] == 1
+    assert "auxiliary_reconstruction" in (run.path / runs.LOG).read_text()
 
 
 def test_a_pretraining_that_needs_labels_is_refused(phantom: Dataset, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import shutil
 import sys
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -15,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from anysite import compute, config, runs
-from anysite.data.case import Dataset
+from anysite.corrupt import CORRUPTIONS, corrupt, fingerprint
+from anysite.data.case import Case, Dataset
 from anysite.errors import AnysiteError, ConfigError, DataError, InterruptedTraining
-from anysite.evaluate import Row, evaluate, read_rows, write_rows
+from anysite.evaluate import Row, evaluate, read_rows, rows_of, score_volume, write_rows
 from anysite.metrics import METRICS
 
 
@@ -35,6 +38,8 @@ class Job:
     budget_s: float | None
     metrics: tuple[str, ...]
     labels: int | None = None
+    corruptions: tuple[str, ...] = ()
+    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
 
     @property
     def name(self) -> str:
@@ -59,6 +64,11 @@ class Job:
         """
         settings = self.settings.model_dump(mode="json", exclude_defaults=True)
         return runs.fingerprint([settings, self.budget_s])
+
+    @property
+    def marks(self) -> set[str]:
+        """What rows of a finished job hold: every metric, every corruption as it is now, the costs."""
+        return {*self.metrics, *map(_mark, self.corruptions), "run"}
 
     @property
     def key(self) -> tuple[str, str, int, str, str, str]:
@@ -95,6 +105,8 @@ def list_jobs(
     test_domains: Sequence[str] = (),
     metrics: Sequence[str] = ("dice",),
     labels: Sequence[int | None] = (None,),
+    corruptions: Sequence[str] = (),
+    severities: Sequence[int] = (1, 2, 3, 4, 5),
 ) -> list[Job]:
     """Return the jobs of a protocol: every site left out in turn, every site alone, or all sites pooled.
 
@@ -102,10 +114,12 @@ def list_jobs(
         protocol: "leave-one-out", "train-on-one" or "pooled".
         test_domains: Only these sites are left out; all of them where empty.
         metrics: Which metrics to keep rows of.
+        corruptions: Which corruptions of the held-out images to score as well, or "all".
+        severities: Of the corruptions.
         labels: From how many labelled patients to learn, None for all; fewer are a subset of more.
 
     Raises:
-        ConfigError: an unknown protocol, method, metric or site, methods of one name, a
+        ConfigError: an unknown protocol, method, metric, corruption, severity or site, methods of one name, a
             negative seed, or test sites where the protocol names them.
     """
     for method in methods:
@@ -120,6 +134,11 @@ def list_jobs(
     for metric in metrics:
         if metric not in METRICS:
             raise ConfigError(f"no metric {metric!r}", expected=f"one of {', '.join(METRICS)}")
+    corruptions = tuple(CORRUPTIONS) if list(corruptions) == ["all"] else tuple(corruptions)
+    for name in corruptions:
+        fingerprint(name)  # so that an unknown name is refused before anything runs
+    if strange := [severity for severity in severities if severity not in range(1, 6)]:
+        raise ConfigError(f"severity {strange[0]}", expected="1, 2, 3, 4 or 5")
     for domain in test_domains:
         if domain not in dataset.domains:
             raise ConfigError(f"no site {domain!r}", expected=f"one of {', '.join(dataset.domains)}")
@@ -140,7 +159,8 @@ def list_jobs(
         )
     return [
         Job(str(dataset_path), dataset.name, method, tuple(overrides), seed, out,
-            tuple(d for d in domains if d not in out), budget_s, tuple(metrics), count)
+            tuple(d for d in domains if d not in out), budget_s, tuple(metrics), count,
+            corruptions, tuple(severities))
         for seed in seeds for count in labels for out in left_out for method in methods
     ]  # fmt: skip
 
@@ -178,10 +198,12 @@ def unfinished(jobs: Sequence[Job], output: Path) -> list[Job]:
     """Return the jobs of which a metric or the costs, which come last, are not in the file `output` yet."""
     found: dict[tuple[Any, ...], set[str]] = defaultdict(set)
     for row in read_rows(output) if output.is_file() else []:
-        found[_key_of(row)] |= {row.get("metric", ""), row.get("split", "")}
-    return [
-        job for job in jobs if not any({*job.metrics, "run"} <= found.get(key, set()) for key in job.keys)
-    ]
+        found[_key_of(row)] |= {
+            row.get("metric", ""),
+            row.get("split", ""),
+            row.get("corruption_version", ""),
+        }
+    return [job for job in jobs if not any(job.marks <= found.get(key, set()) for key in job.keys)]
 
 
 def run_job(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
@@ -248,6 +270,8 @@ def _score(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Row]:
             f"{len(result.failed)} cases failed, such as {next(iter(result.failed.items()), '')}",
             where=job.dataset,
         )
+    held_out = [case for case in cases if case.id in run.splits["held_out"]]
+    corrupted = _score_corrupted(job, run, held_out, dataset, result.rows[0] if result.rows else {})
     costs: list[tuple[str, Any, str]] = [
         ("train_seconds", run.manifest["seconds"], "s"),
         ("train_steps", run.manifest["steps"], "1"),
@@ -255,9 +279,33 @@ def _score(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Row]:
     ]
     if (peak := _peak_memory_mb()) is not None:
         costs.append(("peak_memory", round(peak), "MB"))
-    rows = [row for row in result.rows if row["metric"] in job.metrics]
+    rows = [row for row in [*result.rows, *corrupted] if row["metric"] in job.metrics]
     empty = {"domain": "", "split": "run", "patient": "", "case": "", "class": ""}
     return rows + [{**result.rows[0], **empty, "metric": m, "value": v, "unit": u} for m, v, u in costs]
+
+
+def _score_corrupted(
+    job: Job, run: runs.Run, cases: Sequence[Case], dataset: Dataset, common: Row
+) -> list[Row]:
+    """Score corrupted copies of held-out images, so that no other site's shift is mixed in."""
+    if not job.corruptions:
+        return []
+    from anysite.segment import Segmenter
+
+    segmenter, rows = Segmenter([run]), []
+    for case in cases:
+        image, label = case.image(), dataset.class_indices(case.label(), where=case.label_path)
+        for name, severity in itertools.product(job.corruptions, job.severities):
+            # The same draw at every severity and for every method.
+            image_seed = zlib.crc32(case.id.encode())
+            mask = segmenter.segment(corrupt(image, name, severity, image_seed)).label
+            place = common | {"corruption": name, "severity": severity, "corruption_version": _mark(name)}
+            rows += rows_of(score_volume(mask, label, dataset), case, "in_domain", place)
+    return rows
+
+
+def _mark(corruption: str) -> str:
+    return f"{corruption}/{fingerprint(corruption)}"
 
 
 def _name_of(method: str) -> str:
@@ -265,16 +313,16 @@ def _name_of(method: str) -> str:
 
 
 def _append(output: Path, outcome: JobOutcome) -> None:
-    """Write a job's rows in place of its earlier ones; metrics that a finished job kept before stay."""
+    """Write a job's rows in place of its earlier ones; what else a finished job kept before stays."""
     with _locked(output):
         existing = read_rows(output) if output.is_file() else []
-        keys, replaced = outcome.job.keys, {row["metric"] for row in outcome.rows}
+        keys, replaced = outcome.job.keys, {_topic_of(row) for row in outcome.rows}
         # Without its costs a job was cut off when the file was copied, and no metric of it is complete.
         finished = {_key_of(row) for row in existing if row.get("split") == "run"}
         kept = [
             row
             for row in existing
-            if (key := _key_of(row)) not in keys or (key in finished and row.get("metric") not in replaced)
+            if (key := _key_of(row)) not in keys or (key in finished and _topic_of(row) not in replaced)
         ]
         write_rows(output, [*kept, *outcome.rows])
 
@@ -290,6 +338,10 @@ def _locked(output: Path) -> Iterator[None]:
 
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _topic_of(row: Row) -> tuple[Any, ...]:
+    return row.get("metric"), row.get("corruption")
 
 
 def _key_of(row: Row) -> tuple[Any, ...]:

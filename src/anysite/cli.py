@@ -347,6 +347,13 @@ def benchmark(
             help="learn from so many labelled patients, such as 1,2,5,all; fewer are a subset of more"
         ),
     ] = "all",
+    corruptions: Annotated[
+        str,
+        typer.Option(
+            help="also score corrupted copies of held-out images: all, or names separated by commas"
+        ),
+    ] = "",
+    severities: Annotated[str, typer.Option(help="of the corruptions, 1 to 5")] = "1,2,3,4,5",
     set_: Overrides = None,
     normalisation: Annotated[
         str,
@@ -370,7 +377,7 @@ def benchmark(
     jobs = benchmarking.list_jobs(
         open_dataset(dataset), dataset, methods.split(","), numbers, protocol,
         overrides, None if budget is None else parse_duration(budget), test_domain or [], metrics.split(","),
-        counts,
+        counts, corruptions.split(",") if corruptions else [], _whole_numbers("--severities", severities),
     )  # fmt: skip
     began, failed = time.monotonic(), 0
     waiting = benchmarking.unfinished(jobs, output)

@@ -96,22 +96,28 @@ def evaluate(
             failed[case.id] = result
             continue
         split = manifest["cases"].get(case.id, {}).get("split", "unknown")
-        place = {"domain": case.domain, "split": split, "patient": case.patient, "case": case.id}
-        rows += [
-            {
-                **common,
-                **place,
-                "class": s.class_name,
-                "metric": s.metric,
-                "value": _rounded(s.value),
-                "unit": s.unit,
-            }
-            for s in result
-        ]
+        rows += rows_of(result, case, split, common)
     write_rows(folder / ROWS, rows)
     atomic.write_json(folder / SUMMARY, summarise(rows, failed))
     scored = {case.id for case, _ in found} | failed.keys()
     return Evaluation(rows, failed, tuple(c.id for c in dataset.labelled if c.id not in scored))
+
+
+def score_volume(mask: Volume, label: Volume, dataset: Dataset, tolerance: float = 2.0) -> list[Score]:
+    """Score a label map of class indices against another one on the same grid, class by class or by region."""
+    names = dataset.region_names or dataset.classes[1:]
+    groups = dataset.regions or [(index,) for index in range(1, len(dataset.classes))]
+    masks_of = [(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
+    return score_case(mask.array[0], label.array[0], masks_of, label.spacing, label.unit, tolerance)
+
+
+def rows_of(scores: Sequence[Score], case: Case, split: str, common: Row) -> list[Row]:
+    """Return one row a score, with the fields of its case and those in `common`."""
+    place = {**common, "domain": case.domain, "split": split, "patient": case.patient, "case": case.id}
+    return [
+        {**place, "class": s.class_name, "metric": s.metric, "value": _rounded(s.value), "unit": s.unit}
+        for s in scores
+    ]
 
 
 def summarise(rows: Sequence[Row], failed: dict[str, str]) -> dict[str, Any]:
@@ -193,10 +199,7 @@ def _score_mask(case: Case, path: Path, dataset: Dataset, ours: bool, tolerance:
     beyond = int(mask.array.max())
     if beyond >= len(dataset.classes):
         raise DataError(f"class index {beyond}", where=path, expected=f"0 to {len(dataset.classes) - 1}")
-    names = dataset.region_names or dataset.classes[1:]
-    groups = dataset.regions or [(index,) for index in range(1, len(dataset.classes))]
-    masks_of = [(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
-    return score_case(mask.array[0], label.array[0], masks_of, label.spacing, label.unit, tolerance)
+    return score_volume(mask, label, dataset, tolerance)
 
 
 def _as_class_indices(mask: Volume, path: Path, dataset: Dataset) -> Volume:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,8 +45,8 @@ class Learner(nn.Module):
         """
         step = Step(image, label, domain, progress, self.network)
         losses: dict[str, Tensor] = {}
-        for name, objective in self.objectives.items():
-            loss, weight = objective(step), self._weight(name)
+        for name, objective in self.named_objectives():
+            loss, weight = objective(step), objective.weight
             terms = (
                 {f"{name}_{term}": t for term, t in loss.items()} if isinstance(loss, dict) else {name: loss}
             )
@@ -60,14 +60,14 @@ class Learner(nn.Module):
 
     def after_step(self) -> None:
         """Let every objective follow the network after an optimizer step."""
-        for objective in self.objectives.values():
-            assert isinstance(objective, Objective)
+        for _, objective in self.named_objectives():
             objective.after_step(self.network)
 
-    def _weight(self, name: str) -> float:
-        objective = self.objectives[name]
-        assert isinstance(objective, Objective)
-        return objective.weight
+    def named_objectives(self) -> Iterator[tuple[str, Objective]]:
+        """Yield every objective with its name."""
+        for name, objective in self.objectives.items():
+            assert isinstance(objective, Objective)
+            yield name, objective
 
 
 def build_network(config: Config, plan: Plan) -> Network:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
@@ -24,11 +25,13 @@ from anysite.data.case import Dataset
 from anysite.errors import InterruptedTraining, RunError, TrainingError
 from anysite.learner import Learner
 from anysite.networks import encoder_tensors
+from anysite.objectives import Step
 from anysite.patches import Batch, PatchSampler
 from anysite.plan import Plan
 from anysite.validation import prepare_validation, validate
 
 MEASURED_STEPS = 6
+PREVIEWED = 4
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,8 @@ class Training:
                         fix="continue with anysite train --resume",
                     )
         self._write_log()
+        if self._leads():
+            self._write_previews()
 
     def batches(self) -> Iterator[Batch]:
         """Yield the batch of every step to come, prepared ahead; count how long the network waits for them."""
@@ -255,6 +260,20 @@ class Training:
             text = "".join(json.dumps(entry) + "\n" for entry in self.log)
             atomic.write_text(self.output / runs.LOG, text)
 
+    @torch.no_grad()
+    def _write_previews(self) -> None:
+        """Write what objectives have to show of the last batch as pictures, one row a sample."""
+        batch = self.sampler.batch(self.steps - 1).to(self.fabric.device)
+        image = batch.image.contiguous(memory_format=self.learner.network.memory_format)
+        self.learner.eval()
+        with self.fabric.autocast():
+            step = Step(image, batch.label, batch.domain, 1.0, self.learner.network)
+            shown = {name: objective.preview(step) for name, objective in self.learner.named_objectives()}
+        for name, images in shown.items():
+            if images:
+                array = np.stack([_as_pictures(image[:PREVIEWED]) for image in images.values()], 1)
+                runs.write_preview(self.output, name, list(images), array)
+
     @contextmanager
     def _tensorboard(self) -> Iterator[Any]:
         if not self._leads():
@@ -267,6 +286,16 @@ class Training:
             yield writer
         finally:
             writer.close()
+
+
+def _as_pictures(image: Tensor) -> np.ndarray:
+    """Return `(b, h, w, 3)` in 8 bits: the middle slice, its colours or its middle channel."""
+    image = image.float().cpu()
+    if image.ndim == 5:
+        image = image[:, :, image.shape[2] // 2]
+    middle = image.shape[1] // 2
+    colours = image if image.shape[1] == 3 else image[:, [middle] * 3]
+    return ((colours.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).numpy()
 
 
 def group_parameters(learner: Learner, encoder_factor: float) -> list[dict[str, Any]]:

@@ -63,5 +63,9 @@ class Objective(nn.Module):
         """Return the loss of one step, not yet weighted, or its terms by name, which are added."""
         raise NotImplementedError
 
+    def preview(self, step: Step) -> dict[str, Float[Tensor, "b c *s"]]:
+        """Return images by name, each scaled to -1..1, that show a person what was learned; none by default."""
+        return {}
+
     def after_step(self, network: Network) -> None:
         """Follow the network after an optimizer step, as a moving-average teacher does."""

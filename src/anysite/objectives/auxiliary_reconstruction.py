@@ -34,3 +34,8 @@ class AuxiliaryReconstruction(Objective):
     def forward(self, step: Step) -> Float[Tensor, ""]:
         """Return the error of the image drawn from the step's bottleneck."""
         return self.error(self.decoder(step.features[-1], step.domain), scale_to_unit(step.image))
+
+    def preview(self, step: Step) -> dict[str, Tensor]:
+        """Return the image and its reconstruction."""
+        drawn = self.decoder(step.features[-1], step.domain)
+        return {"image": scale_to_unit(step.image), "drawn": drawn}

@@ -39,13 +39,23 @@ class MaskedAutoencoder(Objective):
 
     def forward(self, step: Step) -> Float[Tensor, ""]:
         """Return the mean squared error over the blanked voxels, the image scaled to -1..1."""
+        masked, drawn = self._draw(step)
+        error = (drawn - scale_to_unit(step.image)).square()
+        weight = masked.expand_as(error).float()
+        return (error * weight).sum() / weight.sum().clamp(min=1)
+
+    def preview(self, step: Step) -> dict[str, Tensor]:
+        """Return the image, what was left of it, and what was drawn."""
+        masked, drawn = self._draw(step)
+        image = scale_to_unit(step.image)
+        return {"image": image, "blanked": image.masked_fill(masked, 0.0), "drawn": drawn}
+
+    def _draw(self, step: Step) -> tuple[Bool[Tensor, "b 1 *s"], Float[Tensor, "b c *s"]]:
         masked = draw_blocks(len(step.image), step.image.shape[2:], self.block_voxels, self.ratio)
         masked = masked[:, None].to(step.image.device)
         # Images are normalised, so that zero is their mean.
         features = step.network.encode(step.image.masked_fill(masked, 0.0))
-        error = (self.decoder(features[-1], step.domain) - scale_to_unit(step.image)).square()
-        weight = masked.expand_as(error).float()
-        return (error * weight).sum() / weight.sum().clamp(min=1)
+        return masked, self.decoder(features[-1], step.domain)
 
 
 def draw_blocks(

@@ -76,15 +76,32 @@ class TileAutoencoder(Objective):
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Return the weighted errors of the tiles and of the whole image."""
         target = scale_to_unit(step.image)
-        tiles = cut_tiles(step.image, self.grid)
-        kept = torch.rand(len(tiles), device=tiles.device) >= self.tile_dropout
-        blanked = join_tiles(tiles * kept.view(-1, *[1] * (tiles.ndim - 1)), self.grid)
-        local = self._draw(self.local_decoder, tiles, step)
-        whole = self._draw(self.global_decoder, blanked, step)
+        _, local, whole = self._draw_both(step)
         return {
             "local": self.local_weight * self.error(local, cut_tiles(target, self.grid)),
             "global": self.global_weight * self.error(whole, target),
         }
+
+    def preview(self, step: Step) -> dict[str, Tensor]:
+        """Return the image, its tiles drawn one by one, the image with tiles blanked, and the whole drawn from it."""
+        kept, local, whole = self._draw_both(step)
+        image = scale_to_unit(step.image)
+        blanked = join_tiles(cut_tiles(image, self.grid) * kept, self.grid)
+        return {
+            "image": image,
+            "tiles drawn": join_tiles(local, self.grid),
+            "blanked": blanked,
+            "whole drawn": whole,
+        }
+
+    def _draw_both(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which tiles were kept, the tiles drawn, and the whole drawn."""
+        tiles = cut_tiles(step.image, self.grid)
+        kept = torch.rand(len(tiles), device=tiles.device) >= self.tile_dropout
+        kept = kept.view(-1, *[1] * (tiles.ndim - 1))
+        blanked = join_tiles(tiles * kept, self.grid)
+        local = self._draw(self.local_decoder, tiles, step)
+        return kept, local, self._draw(self.global_decoder, blanked, step)
 
     def _draw(self, decoder: RestorationDecoder, image: Tensor, step: Step) -> Tensor:
         size, mode = image.shape[2:], "bilinear" if image.ndim == 4 else "trilinear"
