@@ -67,7 +67,7 @@ def describe_methods() -> str:
 def describe_corruptions() -> str:
     """Return the page of every corruption with its strengths."""
     lines = [
-        "# Corruptions", "", "Written by `make docs` from the code; [robustness](robustness.md) says what they are for.",
+        "# Corruptions", "", "Written by `make docs` from the code; [robustness](robustness.md) says what for.",
         "",
         "| name | family | what happens, and what the numbers are | severity 1 to 5 |", "|---|---|---|---|",
     ]  # fmt: skip

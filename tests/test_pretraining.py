@@ -25,6 +25,7 @@ from anysite.objectives.masked_autoencoder import draw_blocks
 from anysite.objectives.tile_autoencoder import TileAutoencoder, choose_grid, cut_tiles, join_tiles
 from anysite.plan import learn_plan
 from anysite.predict import predict
+from anysite.report import write_report
 from anysite.segment import Segmenter
 from anysite.splits import split
 from anysite.train import train
@@ -171,6 +172,11 @@ def test_what_was_drawn_is_there_to_look_at(
         assert picture.size == (32 * len(columns), 32 * 3)
         assert picture.info["columns"].split(", ") == columns
         assert len(set(picture.tobytes())) > 20
+    page = write_report([run.path], tmp_path / "report.html").read_text()
+    assert "Pretraining run" in page
+    assert all(f"<span>{column}</span>" in page for column in columns)
+    assert "effective rank" not in page  # measured once, which is no curve
+    assert "learning rate" in page
 
 
 def test_pretraining_resumes_bit_identically(phantom: Dataset, tmp_path: Path) -> None:

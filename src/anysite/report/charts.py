@@ -163,6 +163,29 @@ def line_plot(
     return _svg(width, height, title, described, parts)
 
 
+def trace_plot(values: Sequence[tuple[float, float]], title: str) -> Markup:
+    """Draw a value over steps, averaged over blocks of steps where there are many."""
+    width, height, left, top, bottom = 300, 170, 52, 12, 142
+    blocks = np.array_split(np.array(values, float), min(len(values), 100))
+    means = [(float(block[:, 0].mean()), float(block[:, 1].mean())) for block in blocks]
+    low, high = min(v for _, v in means), max(v for _, v in means)
+    low = min(0.0, low) if low < 0 or low < high / 2 else low
+    extent, last = (high - low) or 1.0, max(s for s, _ in means)
+    tick = Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="{}">{:.3g}</text>')
+    grid = Markup('<line class="grid" x1="{}" x2="{}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    parts = []
+    for value in (low, (low + high) / 2, high):
+        y = bottom - (value - low) / extent * (bottom - top)
+        parts += [grid.format(left, width - 8, y=y), tick.format(left - 6, y + 4, "end", value)]
+    parts += [tick.format(width - 8, bottom + 18, "end", last), tick.format(left, bottom + 18, "start", 0)]
+    path = " ".join(
+        f"{left + s / last * (width - 8 - left):.1f},{bottom - (v - low) / extent * (bottom - top):.1f}"
+        for s, v in means
+    )
+    parts.append(Markup('<g class="line line1"><polyline points="{}"/></g>').format(path))
+    return _svg(width, height, title, f"From {means[0][1]:.3g} to {means[-1][1]:.3g}.", parts)
+
+
 def _axis(x: Callable[[float], float], start: int, step: int, bottom: int) -> Markup:
     parts = []
     for tick in range(start, 101, step):

@@ -20,6 +20,7 @@ from anysite.report.methods import MethodSummary, split_by_method, summarise_met
 from anysite.report.pictures import OKABE_ITO
 from anysite.report.read import Row, Source, read_sources
 from anysite.report.summary import is_clean, of_split, score_cases
+from anysite.report.training import MANIFEST, read_training
 
 HERE = Path(__file__).parent
 
@@ -55,7 +56,7 @@ def write_report(paths: Sequence[Path], output: Path, title: str = "") -> Path:
     patients with 95 % intervals (`anysite.statistics.estimate_mean`), in points (x 100).
 
     Args:
-        paths: Prediction folders, `.jsonl` files of rows, or folders that hold such.
+        paths: Prediction folders, `.jsonl` files of rows, folders that hold such, or run folders.
         output: The `.html` file, replaced atomically.
         title: The page's heading; by default the names of the datasets.
 
@@ -63,17 +64,20 @@ def write_report(paths: Sequence[Path], output: Path, title: str = "") -> Path:
         FileFormatError: a source that is missing or is not what its name says.
         DataError: sources without any case.
     """
-    sources = read_sources(paths)
+    runs = [path for path in map(Path, paths) if (path / MANIFEST).is_file()]
+    trainings = [read_training(path) for path in runs]
+    sources = read_sources([path for path in map(Path, paths) if path not in runs])
     chapters = [_chapter(name, group) for name, group in _by_dataset(sources).items()]
-    if not chapters:
+    if not chapters and not trainings:
         raise DataError("no rows and no predicted cases", where=", ".join(str(path) for path in paths))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update({name: getattr(texts, name) for name in FILTERS})
     page = environment.get_template("page.html").render(
-        title=title or texts.join(chapter.dataset for chapter in chapters),
+        title=title or texts.join([c.dataset for c in chapters] or [t.name for t in trainings]),
         chapters=chapters,
+        trainings=trainings,
         version=anysite.__version__,
         split_names=texts.SPLIT_NAMES,
         colours=len(OKABE_ITO),
