@@ -31,8 +31,6 @@ class RamDsir(Objective):
         mixing: Make the second view; without it the restoration starts from the first view.
         supervised_weight: Of Dice and cross-entropy of the second view.
         consistency_weight: Of the symmetric divergence between the two views' probabilities.
-        consistency_ramp: Share of the training over which the consistency rises from nothing, so that the views do
-            not agree on background before they know better; none: 0.3 as recommended, 0 as in the paper.
         restoration_weight: Of the squared error of the restored image.
         restoration_factor: The image is restored with so many times fewer voxels along each axis, 1 or 2; none:
             2 as recommended, which costs a third, and 1 as in the paper.
@@ -52,7 +50,6 @@ class RamDsir(Objective):
         mixing: bool = True,
         supervised_weight: float = 1.0,
         consistency_weight: float = 0.5,
-        consistency_ramp: float | None = None,
         restoration_weight: float = 0.1,
         restoration_factor: Literal[1, 2] | None = None,
         own_share: tuple[float, float] = (0.0, 1.0),
@@ -78,9 +75,7 @@ class RamDsir(Objective):
             )
         self.mixing, self.own_share, self.window, self.compat = mixing, own_share, window, compat
         self.supervised_weight, self.consistency_weight = supervised_weight, consistency_weight
-        if consistency_ramp is None:
-            consistency_ramp = 0.3 if compat == "recommended" else 0.0
-        self.consistency_ramp, self.restoration_weight = consistency_ramp, restoration_weight
+        self.restoration_weight = restoration_weight
         self.restoration_factor = restoration_factor or (2 if compat == "recommended" else 1)
 
     def attach(self, network: Network, plan: Plan, domains: tuple[str, ...]) -> None:
@@ -108,8 +103,7 @@ class RamDsir(Objective):
                 divergence = symmetric_divergence(
                     step.logits.float(), logits.float(), self.overlapping, self.compat == "official"
                 )
-                risen = min(1.0, step.progress / self.consistency_ramp) if self.consistency_ramp else 1.0
-                terms["consistency"] = self.consistency_weight * risen * divergence
+                terms["consistency"] = self.consistency_weight * divergence
         if self.restoration_weight:
             terms["restoration"] = self.restoration_weight * self._restoration_error(features[-1], step)
         return terms
