@@ -195,3 +195,11 @@ def test_every_leaf_of_a_dump_has_a_name() -> None:
 
     assert sorted(setting_names()) == sorted(leaves(Config().model_dump()))
     assert len(set(setting_names())) == len(setting_names())
+
+
+def test_a_quoted_part_of_a_name_may_hold_dots() -> None:
+    config = load("baseline", ['objectives."my_pkg.net:My".weight=0.5', "train.steps = 7"])
+    assert config.objectives["my_pkg.net:My"] == {"weight": 0.5}
+    assert config.train.steps == 7
+    with pytest.raises(ConfigError, match=r"the name 'train steps'.*in quotes"):
+        load("baseline", ["train steps=7"])

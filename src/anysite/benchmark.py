@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import multiprocessing
 import shutil
@@ -15,6 +14,8 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from anysite import compute, config, runs
 from anysite.corrupt import CORRUPTIONS, corrupt, fingerprint
@@ -314,7 +315,8 @@ def _name_of(method: str) -> str:
 
 def _append(output: Path, outcome: JobOutcome) -> None:
     """Write a job's rows in place of its earlier ones; what else a finished job kept before stays."""
-    with _locked(output):
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(output.with_name(f"{output.name}.lock")):
         existing = read_rows(output) if output.is_file() else []
         keys, replaced = outcome.job.keys, {_topic_of(row) for row in outcome.rows}
         # Without its costs a job was cut off when the file was copied, and no metric of it is complete.
@@ -325,19 +327,6 @@ def _append(output: Path, outcome: JobOutcome) -> None:
             if (key := _key_of(row)) not in keys or (key in finished and _topic_of(row) not in replaced)
         ]
         write_rows(output, [*kept, *outcome.rows])
-
-
-@contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Keep other processes from writing the file meanwhile, where the system can."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.with_name(f"{output.name}.lock").open("a") as file:
-        # Windows has no such module, some network file systems have no locks.
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _topic_of(row: Row) -> tuple[Any, ...]:

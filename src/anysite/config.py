@@ -312,12 +312,27 @@ def _apply(content: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string, so that quotes are not needed on the command line
-    *groups, last = name.strip().split(".")
+    *groups, last = _split_name(name)
     for group in groups:
         content = content.setdefault(group, {})
         if not isinstance(content, dict):
             raise ConfigError("a setting inside something that is not a group", where=name)
     content[last] = value
+
+
+def _split_name(name: str) -> list[str]:
+    """Return the parts of a dotted name, of which a quoted one may hold dots itself, as in TOML."""
+    try:
+        inner: Any = tomllib.loads(f"{name} = 0")
+    except tomllib.TOMLDecodeError:
+        raise ConfigError(
+            f"the name {name.strip()!r}", expected='parts joined by dots, unusual ones in quotes: a."b.c:D".e'
+        ) from None
+    parts: list[str] = []
+    while isinstance(inner, dict):
+        ((part, inner),) = inner.items()
+        parts.append(part)
+    return parts
 
 
 def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
