@@ -9,6 +9,7 @@ from typing import Any
 from anysite.evaluate import Row, read_rows
 from anysite.report.methods import MethodSummary, split_by_method, summarise_methods
 from anysite.report.read import read_sources
+from anysite.report.summary import is_clean
 from anysite.statistics import Estimate, estimate_mean
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +93,7 @@ def comparison_tables(entries: dict[str, dict[str, str]]) -> list[str]:
     """Return, for every result file that compares methods, its command and one row a method."""
     lines: list[str] = []
     for name, entry in entries.items():
-        rows = [row for source in read_sources([RESULTS / name]) for row in source.rows]
+        rows = [row for source in read_sources([RESULTS / name]) for row in source.rows if is_clean(row)]
         methods = split_by_method(rows)
         commits = ", ".join(sorted({f"`{row['commit']}`" for row in read_rows(RESULTS / name)}))
         lines += [f"**{entry['title']}**", "", *COMPARISON_HEADER]
@@ -137,7 +138,7 @@ def _between_markers(text: str, lines: list[str]) -> str:
 def class_table(rows: list[Row]) -> list[str]:
     """Return Dice by training sites, tested site and class."""
     lines = ["| trained on | site | split | patients | class | Dice |", "|---|---|---|---|---|---|"]
-    dice = [row for row in rows if row["metric"] == "dice" and row["value"] is not None]
+    dice = [row for row in rows if row["metric"] == "dice" and row["value"] is not None and _is_plain(row)]
     keys = dict.fromkeys((r["train_domains"], r["domain"], r["split"], r["class"]) for r in dice)
     for trained_on, domain, split, name in keys:
         found = [
@@ -170,7 +171,13 @@ def _summarise(rows: list[Row]) -> str:
 
 def _estimate(rows: list[dict[str, Any]], split: str) -> Estimate | None:
     chosen = [r for r in rows if (r["split"], r["metric"]) == (split, "dice") and r["value"] is not None]
+    chosen = [r for r in chosen if _is_plain(r)]
     return estimate_mean([r["value"] for r in chosen], [_person(r) for r in chosen]) if chosen else None
+
+
+def _is_plain(row: Row) -> bool:
+    """Tell whether a row is of the image as it is, learned from all labels."""
+    return row["corruption"] == "none" and row["labels"] == "all"
 
 
 def _person(row: Row) -> str:

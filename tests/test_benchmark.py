@@ -167,8 +167,25 @@ def test_corrupted_copies_of_held_out_images_are_scored_beside_the_clean_ones(
     assert more.error == ""
     assert {r["corruption"] for r in read_rows(output)} == {"none", "gaussian_noise", "jpeg"}
     assert unfinished(listed("gaussian_noise", "jpeg"), output) == []
-    monkeypatch.setattr("anysite.corrupt.VERSION", 999)
-    assert len(unfinished(listed("jpeg"), output)) == 1
+    # Other severities are added, and those on file stay.
+    (third,) = benchmark([replace(listed("jpeg")[0], severities=(3,))], output, keep_runs=tmp_path / "runs")
+    assert third.error == ""
+    severities = {r["severity"] for r in read_rows(output) if r["corruption"] == "jpeg"}
+    assert severities == {1, 3, 5}
+    monkeypatch.setattr("anysite.benchmark._version_of", lambda name: f"{name}/changed")
+    (job,) = unfinished(listed("jpeg"), output)
+    assert job.corruptions == ("jpeg",)
+
+
+def test_rows_of_old_files_are_those_of_all_labels(
+    phantom: Dataset, phantom_folder: Path, finished: tuple[Path, list[JobOutcome]], tmp_path: Path
+) -> None:
+    old = [{k: v for k, v in row.items() if k != "job"} for row in read_rows(finished[0])]
+    write_rows(tmp_path / "old.jsonl", old)
+    jobs = list_jobs(phantom, phantom_folder, ["baseline"], [0], "leave-one-out", TINY, labels=[1, None])
+    waiting = unfinished(jobs, tmp_path / "old.jsonl")
+    assert sum(job.labels is None for job in waiting) == 1
+    assert sum(job.labels == 1 for job in waiting) == 3
 
 
 @pytest.mark.parametrize(

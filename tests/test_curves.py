@@ -39,7 +39,7 @@ def test_label_curves_are_in_order_and_by_method() -> None:
 def test_corruption_drops_are_relative_to_the_same_cases_clean() -> None:
     rows = [row(0.8), row(0.1, case="never corrupted"), row(0.2, labels="5")]
     rows += [row(0.8 - 0.1 * s, corruption="blur", severity=str(s)) for s in (1, 2, 3)]
-    rows += [row(0.6, corruption="noise", severity="5")]
+    rows += [row(0.3, corruption="noise", severity="4"), row(0.9, corruption="noise", severity="5")]
     rows += [row(0.4, method="t_ae"), row(0.4, method="t_ae", corruption="blur", severity="1")]
     curves = describe_corruptions(rows)
     assert curves is not None

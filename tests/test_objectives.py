@@ -184,6 +184,16 @@ def test_gradients_are_compared_with_the_supervised_one_and_left_usable() -> Non
     assert all(p.grad is not None for p in network.parameters())
 
 
+def test_diagnostics_never_fail_where_training_would_tell_more() -> None:
+    network = build_network(load("baseline", ["network.width=4", "network.depth=2"]), plan())
+    own = torch.nn.Parameter(torch.ones(()))
+    logits = network(torch.randn(2, 1, 16, 16)).mean()
+    ratios = compare_gradients({"supervised": logits, "apart": own * 2}, network)
+    assert float(ratios["apart_gradient_ratio"]) == 0
+    assert compare_gradients({"supervised": own * 2, "other": logits}, network) == {}
+    assert torch.isnan(effective_rank(torch.full((2, 3, 4, 4), float("nan"))))
+
+
 def test_effective_rank_counts_the_directions_in_use() -> None:
     generator = torch.Generator().manual_seed(0)
     directions, _ = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))

@@ -262,6 +262,15 @@ def test_a_start_that_would_be_none_is_refused(
     assert not (tmp_path / "other" / runs.MANIFEST).exists()
 
 
+def test_weights_that_saw_what_is_tested_are_refused(phantom: Dataset, tmp_path: Path) -> None:
+    run = train(phantom, pretraining("train.steps=1"), tmp_path / "all_sites")
+    for overrides in (['test_domains=["west"]'], ["seed=3"]):
+        config = small_config(f"pretrained={run.path}", *overrides)
+        with pytest.raises(ConfigError, match="cases that this training holds out or tests"):
+            train(phantom, config, tmp_path / "other")
+    assert not (tmp_path / "other" / runs.MANIFEST).exists()
+
+
 def test_both_stages_in_one_training(phantom: Dataset, tmp_path: Path) -> None:
     """The pretraining sees the images of the training sites, of patients that are not held out, and no others."""
     config = small_config(

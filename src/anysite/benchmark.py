@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,11 @@ class Job:
         return runs.fingerprint([settings, self.budget_s])
 
     @property
-    def marks(self) -> set[str]:
-        """What rows of a finished job hold: every metric, every corruption as it is now, the costs."""
-        return {*self.metrics, *map(_mark, self.corruptions), "run"}
+    def topics(self) -> set[tuple[Any, ...]]:
+        """What the rows of a finished job are about: every metric, clean and of every corruption as it is now."""
+        corrupted = itertools.product(map(_version_of, self.corruptions), self.severities)
+        pictures = [("", 0), *corrupted]
+        return {(metric, *picture) for metric in self.metrics for picture in pictures} | {("run", "", 0)}
 
     @property
     def key(self) -> tuple[str, str, int, str, str, str]:
@@ -81,9 +84,12 @@ class Job:
 
     @property
     def keys(self) -> set[tuple[Any, ...]]:
-        """The key, and that of rows written before they named the job's digest."""
+        """The key, and that of rows written before they named the job's digest, all of which used all labels."""
         dataset, _, seed, train_domains, overrides, _ = self.key
-        return {self.key, (dataset, self.method, seed, train_domains, overrides, "")}
+        former = (
+            {(dataset, self.method, seed, train_domains, overrides, "")} if self.labels is None else set()
+        )
+        return {self.key} | former
 
 
 @dataclass(frozen=True)
@@ -197,14 +203,10 @@ def _run_all(
 
 def unfinished(jobs: Sequence[Job], output: Path) -> list[Job]:
     """Return the jobs of which a metric or the costs, which come last, are not in the file `output` yet."""
-    found: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    found: dict[tuple[Any, ...], set[tuple[Any, ...]]] = defaultdict(set)
     for row in read_rows(output) if output.is_file() else []:
-        found[_key_of(row)] |= {
-            row.get("metric", ""),
-            row.get("split", ""),
-            row.get("corruption_version", ""),
-        }
-    return [job for job in jobs if not any(job.marks <= found.get(key, set()) for key in job.keys)]
+        found[_key_of(row)].add(_topic_of(row))
+    return [job for job in jobs if not any(job.topics <= found.get(key, set()) for key in job.keys)]
 
 
 def run_job(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
@@ -263,7 +265,7 @@ def _score(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Row]:
     # The splits list the sites in the order of their cases, which may differ from the job's.
     context = {
         "train_domains": "+".join(job.train_domains), "overrides": " ".join(job.overrides), "job": digest,
-        "labels": "all" if job.labels is None else str(job.labels),
+        "labels": str(settings.train.labelled_patients or "all"),
     }  # fmt: skip
     result = evaluate(folder / "masks", dataset, threads=threads, context=context)
     if failures or result.failed:
@@ -272,6 +274,10 @@ def _score(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Row]:
             where=job.dataset,
         )
     held_out = [case for case in cases if case.id in run.splits["held_out"]]
+    if job.corruptions and not held_out:
+        raise DataError(
+            "no held-out case to corrupt", where=job.dataset, fix="set train.validation_fraction above 0"
+        )
     corrupted = _score_corrupted(job, run, held_out, dataset, result.rows[0] if result.rows else {})
     costs: list[tuple[str, Any, str]] = [
         ("train_seconds", run.manifest["seconds"], "s"),
@@ -300,12 +306,15 @@ def _score_corrupted(
             # The same draw at every severity and for every method.
             image_seed = zlib.crc32(case.id.encode())
             mask = segmenter.segment(corrupt(image, name, severity, image_seed)).label
-            place = common | {"corruption": name, "severity": severity, "corruption_version": _mark(name)}
+            place = common | {
+                "corruption": name, "severity": severity, "corruption_version": _version_of(name)
+            }  # fmt: skip
             rows += rows_of(score_volume(mask, label, dataset), case, "in_domain", place)
     return rows
 
 
-def _mark(corruption: str) -> str:
+@cache
+def _version_of(corruption: str) -> str:
     return f"{corruption}/{fingerprint(corruption)}"
 
 
@@ -321,16 +330,26 @@ def _append(output: Path, outcome: JobOutcome) -> None:
         keys, replaced = outcome.job.keys, {_topic_of(row) for row in outcome.rows}
         # Without its costs a job was cut off when the file was copied, and no metric of it is complete.
         finished = {_key_of(row) for row in existing if row.get("split") == "run"}
+        versions = {row.get("corruption"): row.get("corruption_version") for row in outcome.rows}
         kept = [
             row
             for row in existing
-            if (key := _key_of(row)) not in keys or (key in finished and _topic_of(row) not in replaced)
+            if (key := _key_of(row)) not in keys
+            or (
+                key in finished
+                and _topic_of(row) not in replaced
+                # Another version of a corruption scored anew is another corruption.
+                and row.get("corruption_version")
+                == versions.get(row.get("corruption"), row.get("corruption_version"))
+            )
         ]
         write_rows(output, [*kept, *outcome.rows])
 
 
 def _topic_of(row: Row) -> tuple[Any, ...]:
-    return row.get("metric"), row.get("corruption")
+    if row.get("split") == "run":
+        return "run", "", 0
+    return row.get("metric"), row.get("corruption_version", ""), row.get("severity", 0)
 
 
 def _key_of(row: Row) -> tuple[Any, ...]:

@@ -191,8 +191,10 @@ def pretrain(
     if registry.find("objective", method).needs_label:
         raise ConfigError(f"--method {method}, which needs labels", fix="use anysite train")
     settings = config.load(preset, _overrides(set_, test_domain, seed))
-    objectives = {method: settings.objectives.get(method, {})}
-    settings = settings.model_copy(update={"objectives": objectives})
+    chosen = settings.objectives | settings.pretrain.objectives
+    settings = settings.model_copy(
+        update={"objectives": {method: chosen.get(method, {})}, "pretrain": config.PretrainSettings()}
+    )
     try:
         dataset = find_cases(images)
     except DataError:

@@ -88,6 +88,10 @@ def training_bar() -> Iterator[Any]:
 
         def advance(progress: Progress) -> None:
             nonlocal shown
+            if (
+                10 * progress.step // max(1, progress.steps) < shown
+            ):  # a pretraining ended, the training begins
+                shown = -1
             if progress.note:
                 errors.print(Text(f"warning: {progress.note}"))
                 return
@@ -196,7 +200,8 @@ def show_job(outcome: JobOutcome, number: int, total: int, seconds_left: float) 
         values = [
             r["value"]
             for r in outcome.rows
-            if (r["split"], r["metric"]) == (split, "dice") and r["value"] is not None
+            if (r["split"], r["metric"], r.get("corruption", "none")) == (split, "dice", "none")
+            and r["value"] is not None
         ]
         if values:
             parts.append(f"{text} {100 * sum(values) / len(values):.1f}")

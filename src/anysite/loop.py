@@ -172,6 +172,9 @@ class Training:
         self.learner.load_state_dict(before)
         self.optimizer.state.clear()
         step_s = (marks[-1] - marks[1]) / (len(marks) - 2)
+        if self.config.pretrain.objectives and left_s() <= 0:
+            note = "the pretraining used up the budget; the training takes one step"
+            self.on_progress(Progress(0, 1, math.nan, None, math.nan, note))
         # A tenth of what is left goes to validation, checkpoints and the final files.
         self.steps = int(self.fabric.broadcast(torch.tensor(max(1, int(0.9 * left_s() / step_s)))))
 
@@ -271,7 +274,8 @@ class Training:
             shown = {name: objective.preview(step) for name, objective in self.learner.named_objectives()}
         for name, images in shown.items():
             if images:
-                array = np.stack([_as_pictures(image[:PREVIEWED]) for image in images.values()], 1)
+                colour = self.plan.network_channels == self.plan.channels == 3
+                array = np.stack([_as_pictures(image[:PREVIEWED], colour) for image in images.values()], 1)
                 runs.write_preview(self.output, name, list(images), array)
 
     @contextmanager
@@ -288,13 +292,13 @@ class Training:
             writer.close()
 
 
-def _as_pictures(image: Tensor) -> np.ndarray:
+def _as_pictures(image: Tensor, colour: bool) -> np.ndarray:
     """Return `(b, h, w, 3)` in 8 bits: the middle slice, its colours or its middle channel."""
     image = image.float().cpu()
     if image.ndim == 5:
         image = image[:, :, image.shape[2] // 2]
     middle = image.shape[1] // 2
-    colours = image if image.shape[1] == 3 else image[:, [middle] * 3]
+    colours = image if colour else image[:, [middle] * 3]
     return ((colours.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).numpy()
 
 

@@ -24,7 +24,7 @@ from anysite.loop import Progress, Training
 from anysite.networks import Network, encoder_tensors
 from anysite.patches import PatchSampler, PreparedCases
 from anysite.plan import Plan, learn_plan
-from anysite.splits import split
+from anysite.splits import Splits, split
 from anysite.transfer import transfer
 
 
@@ -109,7 +109,7 @@ def _start(job: _Job) -> None:
     plan = job.plan or learn_plan(splits.training, job.config.plan, threads)
     domains = splits.training.domains
     learner = build_learner(job.config, plan, domains)  # so that a wrong setting leaves no run folder behind
-    _check_start(job.config, learner.network)
+    _check_start(job, splits, learner.network)
     facts = {
         "kind": "pretraining" if job.dataset.unlabelled else "segmentation",
         "dataset": job.dataset.name,
@@ -169,19 +169,42 @@ def _fit(fabric: Fabric, job: _Job) -> None:
     fabric.barrier()
 
 
-def _check_start(config: Config, network: Network) -> None:
-    """Find out before anything is written whether the weights to start from exist and fit.
+def _check_start(job: _Job, splits: Splits, network: Network) -> None:
+    """Find out before anything is written whether the weights to start from exist, fit and may be used.
 
     Raises:
         ConfigError: they do not, or a pretraining would need labels.
     """
-    for name in config.pretrain.objectives:
+    config = job.config
+    for name, settings in config.pretrain.objectives.items():
+        registry.build("objective", name, **settings)  # so that a wrong setting is found now
         if registry.find("objective", name).needs_label:
             raise ConfigError(f"objective {name!r}, which needs labels", where="pretrain.objectives")
     if config.pretrained is not None:
         if config.pretrain.objectives:
             raise ConfigError("both pretrained and pretrain.objectives", expected="one of the two")
-        transfer(runs.open_run(Path(config.pretrained)), network)
+        run = runs.open_run(Path(config.pretrained))
+        transfer(run, network)
+        _require_unseen(run, job.dataset, splits)
+
+
+def _require_unseen(run: runs.Run, dataset: Dataset, splits: Splits) -> None:
+    """Refuse weights that have learned from what this training is tested on.
+
+    Raises:
+        ConfigError: the earlier run saw test or held-out cases of this one.
+    """
+    seen = {*run.splits["training"]}
+    if (run.path / "pretraining" / runs.SPLITS).is_file():
+        seen |= {*runs.read_splits(run.path / "pretraining")["training"]}
+    kept_out = {case.id for case in (*splits.held_out.cases, *splits.test.cases)}
+    if run.manifest.get("dataset") == dataset.name and (both := sorted(seen & kept_out)):
+        raise ConfigError(
+            f"a run that learned from {len(both)} cases that this training holds out or tests, such as {both[0]}",
+            where=f"pretrained={run.path}",
+            expected="one of other cases",
+            fix="give both the same seed and test sites, or pretrain in the same command by pretrain.objectives",
+        )
 
 
 def _load_start(fabric: Fabric, job: _Job, training: Training) -> None:
@@ -211,6 +234,7 @@ def _pretrain(fabric: Fabric, job: _Job, training: Training) -> runs.Run:
         update={
             "steps": stage.steps, "learning_rate": stage.learning_rate, "validation_fraction": 0.0,
             "batch_size": stage.batch_size or config.train.batch_size, "labelled_patients": None,
+            "encoder_rate_factor": 1.0,
         }
     )  # fmt: skip
     alone = {
@@ -292,7 +316,7 @@ def start_fabric(config: Config) -> Fabric:
 def _choose_strategy(devices: int) -> str:
     """Return "ddp" where torchrun started this process."""
     if "LOCAL_RANK" in os.environ:
-        return "ddp"
+        return "ddp_find_unused_parameters_true"  # a pretraining has no use for the network's decoder
     if devices > 1:
         raise ConfigError(
             f"{devices}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from anysite import runs
@@ -52,7 +51,11 @@ def transfer(run: runs.Run, network: Network) -> Transfer:
             skipped[name] = "not pretrained"
         elif source.shape == tensor.shape:
             taken[name] = source
-        elif _differs_in_channels(source, tensor):
+        elif (
+            _takes_the_image(source, run.plan.network_channels)
+            and _takes_the_image(tensor, network.channels)
+            and (source.shape[0], *source.shape[2:]) == (tensor.shape[0], *tensor.shape[2:])
+        ):
             reshaped[name] = source.mean(1, keepdim=True).expand_as(tensor) * (
                 source.shape[1] / tensor.shape[1]
             )
@@ -73,6 +76,5 @@ def transfer(run: runs.Run, network: Network) -> Transfer:
     return result
 
 
-def _differs_in_channels(source: Tensor, target: Tensor) -> bool:
-    same_otherwise = source.shape[:1] == target.shape[:1] and source.shape[2:] == target.shape[2:]
-    return source.ndim == target.ndim > 2 and same_otherwise and torch.is_floating_point(source)
+def _takes_the_image(weight: Tensor, channels: int) -> bool:
+    return weight.ndim > 2 and weight.shape[1] == channels

@@ -97,10 +97,15 @@ def encoder_tensors(network: Network) -> set[str]:
     parameters = dict(network.named_parameters())
     training = network.training
     network.eval()
+    frozen = [parameter for parameter in parameters.values() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
     first = next(iter(parameters.values()))
     features = network.encode(first.new_zeros(1, network.channels, *network.patch_size))
     total = torch.stack([feature.float().sum() for feature in features]).sum()
     gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     network.train(training)
     names = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
     modules = {name.rpartition(".")[0] for name in names}

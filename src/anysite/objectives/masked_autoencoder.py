@@ -18,7 +18,7 @@ class MaskedAutoencoder(Objective):
     """Blocks of the image are blanked, and a decoder without skips draws them from the bottleneck.
 
     Args:
-        block_voxels: Side of a block along each axis; thinner where the patch has fewer voxels.
+        block_voxels: Largest side of a block along each axis; at least four blocks lie along the patch's longest.
         ratio: Share of blocks blanked.
 
     Raises:
@@ -34,7 +34,8 @@ class MaskedAutoencoder(Objective):
         self.block_voxels, self.ratio = block_voxels, ratio
 
     def attach(self, network: Network, plan: Plan, domains: tuple[str, ...]) -> None:
-        """Build the decoder on the network's bottleneck."""
+        """Build the decoder on the network's bottleneck, and fit the blocks to the patch."""
+        self.block_voxels = min(self.block_voxels, max(1, max(plan.patch_size) // 4))
         self.decoder = RestorationDecoder(network.widths[-1], network.stride, plan.network_channels)
 
     def forward(self, step: Step) -> Float[Tensor, ""]:

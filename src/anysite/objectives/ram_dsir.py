@@ -33,7 +33,7 @@ class RamDsir(Objective):
         consistency_weight: Of the symmetric divergence between the two views' probabilities.
         restoration_weight: Of the squared error of the restored image.
         restoration_factor: The image is restored with so many times fewer voxels along each axis, 1 or 2; none:
-            2 as recommended, which costs a third, and 1 as in the paper.
+            2 as recommended, which costs less, and 1 as in the paper.
         own_share: Range of the weight of an image's own amplitude.
         window: Frequencies mixed on either side, as a share of the shortest axis.
         compat: "official" as the released code computes, "paper" as the text says, "recommended" as we advise;
@@ -92,9 +92,7 @@ class RamDsir(Objective):
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Return the weighted terms `mixed`, `consistency` and `restoration`, as far as they have a weight."""
         terms: dict[str, Tensor] = {}
-        features = step.features
-        if self.mixing:
-            features = step.network.encode(self.mix(step))
+        features = step.network.encode(self.mix(step)) if self.mixing else step.features
         if self.supervised_weight or self.consistency_weight:
             logits = step.network.decode(features)
             if self.supervised_weight:

@@ -170,14 +170,17 @@ def trace_plot(values: Sequence[tuple[float, float]], title: str) -> Markup:
     means = [(float(block[:, 0].mean()), float(block[:, 1].mean())) for block in blocks]
     low, high = min(v for _, v in means), max(v for _, v in means)
     low = min(0.0, low) if low < 0 or low < high / 2 else low
-    extent, last = (high - low) or 1.0, max(s for s, _ in means)
-    tick = Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="{}">{:.3g}</text>')
+    extent, last = (high - low) or 1.0, max(s for s, _ in values)
+    tick = Markup('<text class="tick" x="{}" y="{:.1f}" text-anchor="{}">{}</text>')
     grid = Markup('<line class="grid" x1="{}" x2="{}" y1="{y:.1f}" y2="{y:.1f}"/>')
     parts = []
     for value in (low, (low + high) / 2, high):
         y = bottom - (value - low) / extent * (bottom - top)
-        parts += [grid.format(left, width - 8, y=y), tick.format(left - 6, y + 4, "end", value)]
-    parts += [tick.format(width - 8, bottom + 18, "end", last), tick.format(left, bottom + 18, "start", 0)]
+        parts += [grid.format(left, width - 8, y=y), tick.format(left - 6, y + 4, "end", f"{value:.3g}")]
+    parts += [
+        tick.format(width - 8, bottom + 18, "end", round(last)),
+        tick.format(left, bottom + 18, "start", 0),
+    ]
     path = " ".join(
         f"{left + s / last * (width - 8 - left):.1f},{bottom - (v - low) / extent * (bottom - top):.1f}"
         for s, v in means

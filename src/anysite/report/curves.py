@@ -84,6 +84,9 @@ def describe_corruptions(rows: Sequence[Row]) -> CorruptionCurves | None:
     places = {_place(row) for row in corrupted}
     clean = [row for row in rows if is_clean(row) and _place(row) in places]
     methods, clean_by_method = split_by_method(corrupted), split_by_method(clean)
+    if len({row.corruption_version for row in corrupted}) > len({row.corruption for row in corrupted}):
+        # Of a corruption that was changed in between, the versions are no measurements of the same thing.
+        corrupted = [row.model_copy(update={"corruption": row.corruption_version}) for row in corrupted]
     names = sorted({row.corruption for row in corrupted})
     severities = sorted({row.severity for row in corrupted}, key=_as_number)
     by_name: dict[str, dict[str, tuple[Estimate | None, ...]]] = {name: {} for name in names}

@@ -121,10 +121,11 @@ def _chapter(dataset: str, sources: Sequence[Source]) -> Chapter:
     clean = [row for row in rows if is_clean(row)]
     labels = describe_labels(clean)
     # Side by side stand the methods that learned from all labels; the curves hold the others.
-    methods = split_by_method([row for row in clean if labels is None or row.labels == labels.counts[-1]])
+    compared = [row for row in clean if labels is None or row.labels in ("", labels.counts[-1])]
+    methods = split_by_method(compared)
     folders = [source for source in sources if source.predictions is not None]
     if not folders and len(methods) == 1:
-        folders = [Source(sources[0].path, tuple(clean))]
+        folders = [Source(sources[0].path, tuple(compared))]
     return Chapter(
         dataset=dataset,
         comparing=_compare(methods) if len(methods) > 1 else None,

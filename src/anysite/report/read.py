@@ -39,6 +39,7 @@ class Row(BaseModel):
     unit: str = ""
     corruption: str = ""
     severity: str = ""
+    corruption_version: str = ""
     labels: str = ""
     commit: str = ""
     config: str = ""

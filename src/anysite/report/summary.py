@@ -86,7 +86,8 @@ def score_cases(rows: Iterable[Row], metric: str = "dice") -> list[CaseScore]:
         if row.metric != metric or not row.case:
             continue
         case = (row.dataset, row.case, row.domain, row.split)
-        run = (row.method, row.adapt, row.seed, row.train_domains, row.labels, row.overrides)
+        picture = row.corruption, row.severity, row.corruption_version
+        run = (row.method, row.adapt, row.seed, row.train_domains, row.labels, row.overrides, *picture)
         cases.setdefault(case, {}).setdefault(run, {})[row.class_name] = row.value
         patients[case] = row.patient or row.case
     scores = []
