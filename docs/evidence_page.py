@@ -80,7 +80,7 @@ def baseline_table(index: dict[str, dict[str, str]]) -> list[str]:
     """Return one row for every result file and set of training sites."""
     lines = list(HEADER)
     for name, entry in index.items():
-        if not (RESULTS / name).is_file() or "method" in entry:
+        if not (RESULTS / name).is_file() or "method" in entry or "aside" in entry:
             continue
         rows = [row for row in read_rows(RESULTS / name) if row["method"] == "baseline"]
         for trained_on in dict.fromkeys(row["train_domains"] for row in rows):
