@@ -36,8 +36,8 @@ HEADER = [
     "|---|---|---|---|---|---|---|---|",
 ]
 COMPARISON_HEADER = [
-    "| method | unseen | against baseline, paired | P(not better) | by site, worst first | in domain | against baseline, paired "
-    "| seeds | minutes a training |",
+    "| method | unseen | against baseline, paired | P(not better) | by site, worst first | in domain "
+    "| against baseline, paired | seeds | minutes a training |",
     "|---|---|---|---|---|---|---|---|---|",
 ]
 
@@ -107,12 +107,9 @@ def _describe_method(summary: MethodSummary) -> str:
     gain, loss = ("-" if c is None else _text(c.difference, signed=True) for c in (unseen, cost))
     chance = "-" if unseen is None else f"{unseen.probability_not_better:.3f}"
     minutes = "-" if summary.train_seconds is None else f"{summary.train_seconds / 60:.1f}"
-    worst = (
-        f"{summary.worst_site} {100 * summary.sites[summary.worst_site].mean:.1f}"
-        if summary.worst_site
-        else "-"
-    )
-    cells = [summary.name, _text(summary.unseen), gain, chance, worst, _text(summary.in_domain), loss]
+    sites = sorted((100 * estimate.mean, domain) for domain, estimate in summary.sites.items())
+    by_site = ", ".join(f"{domain} {mean:.1f}" for mean, domain in sites)
+    cells = [summary.name, _text(summary.unseen), gain, chance, by_site, _text(summary.in_domain), loss]
     return f"| {' | '.join(cells)} | {len(summary.seeds)} | {minutes} |"
 
 
