@@ -105,7 +105,8 @@ def comparison_tables(entries: dict[str, dict[str, str]]) -> list[str]:
 def _describe_method(summary: MethodSummary) -> str:
     unseen, cost = summary.comparison, summary.cost
     gain, loss = ("-" if c is None else _text(c.difference, signed=True) for c in (unseen, cost))
-    chance = "-" if unseen is None else f"{unseen.probability_not_better:.3f}"
+    probability = None if unseen is None else unseen.probability_not_better
+    chance = "-" if probability is None else "< 0.001" if probability < 0.001 else f"{probability:.3f}"
     minutes = "-" if summary.train_seconds is None else f"{summary.train_seconds / 60:.1f}"
     sites = sorted((100 * estimate.mean, domain) for domain, estimate in summary.sites.items())
     by_site = ", ".join(f"{domain} {mean:.1f}" for mean, domain in sites)
