@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,9 +186,6 @@ def test_pretraining_resumes_bit_identically(phantom: Dataset, tmp_path: Path) -
 
     def stop(progress: Progress) -> None:
         if progress.step == 3:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(InterruptedTraining):
@@ -302,6 +301,27 @@ def test_the_preset_does_both_stages(phantom: Dataset, tmp_path: Path) -> None:
     run = train(phantom, load("t_ae", overrides), tmp_path / "run")
     assert run.manifest["started_from"]["encoder_share"] == 1
     assert "auxiliary_reconstruction" in (run.path / runs.LOG).read_text()
+
+
+@pytest.mark.parametrize("stopped_at", [2, 5], ids=["pretraining", "training"])
+def test_two_stages_resume_bit_identically(stopped_at: int, phantom: Dataset, tmp_path: Path) -> None:
+    config = small_config("pretrain.objectives={tile_autoencoder={}}", "pretrain.steps=3")
+    whole = train(phantom, config, tmp_path / "whole")
+    taken = 0
+
+    def stop(progress: Progress) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == stopped_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedTraining):
+        train(phantom, config, tmp_path / "parts", on_progress=stop)
+    assert (tmp_path / "parts" / runs.CHECKPOINT).is_file() == (stopped_at == 5)
+    resumed = train(phantom, config, tmp_path / "parts", resume=True)
+    for folder in (".", "pretraining"):
+        weights = [(run.path / folder / runs.WEIGHTS).read_bytes() for run in (whole, resumed)]
+        assert weights[0] == weights[1]
 
 
 def test_a_pretraining_that_needs_labels_is_refused(phantom: Dataset, tmp_path: Path) -> None:
