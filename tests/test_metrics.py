@@ -150,6 +150,13 @@ def test_a_distance_equal_to_the_tolerance_is_within_it_despite_rounding() -> No
     assert score_class(prediction, truth, (0.1, 0.1), tolerance=0.299)["surface_dice"] == 0
 
 
+@pytest.mark.parametrize("metrics", [("dice",), ("volume_error", "hd95"), ("iou", "surface_dice")])
+def test_only_the_metrics_asked_for_are_given_and_they_are_the_same(metrics: tuple[str, ...]) -> None:
+    prediction, truth = np.random.default_rng(0).random((2, 9, 8)) < 0.5
+    every = score_class(prediction, truth, (1.0, 2.0))
+    assert score_class(prediction, truth, (1.0, 2.0), metrics=metrics) == {m: every[m] for m in metrics}
+
+
 def test_empty_masks() -> None:
     empty, full = np.zeros((3, 4), bool), np.ones((3, 4), bool)
     assert score_class(empty, empty, (1.0, 1.0)) == dict.fromkeys(METRICS)

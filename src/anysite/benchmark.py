@@ -306,10 +306,11 @@ def _score_corrupted(
             # The same draw at every severity and for every method.
             image_seed = zlib.crc32(case.id.encode())
             mask = segmenter.segment(corrupt(image, name, severity, image_seed)).label
+            scores = score_volume(mask, label, dataset, metrics=job.metrics)
             place = common | {
                 "corruption": name, "severity": severity, "corruption_version": _version_of(name)
             }  # fmt: skip
-            rows += rows_of(score_volume(mask, label, dataset), case, "in_domain", place)
+            rows += rows_of(scores, case, "in_domain", place)
     return rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from anysite.data.case import Case, Dataset
 from anysite.data.volume import Volume
 from anysite.errors import AnysiteError, DataError, FileFormatError, GeometryError, LabelError
 from anysite.manifest import MANIFESTS, mask_suffix, read_manifests
-from anysite.metrics import Score, score_case
+from anysite.metrics import METRICS, Score, score_case
 
 ROWS, SUMMARY = "rows.jsonl", "summary.json"
 
@@ -103,12 +103,14 @@ def evaluate(
     return Evaluation(rows, failed, tuple(c.id for c in dataset.labelled if c.id not in scored))
 
 
-def score_volume(mask: Volume, label: Volume, dataset: Dataset, tolerance: float = 2.0) -> list[Score]:
+def score_volume(
+    mask: Volume, label: Volume, dataset: Dataset, tolerance: float = 2.0, metrics: Collection[str] = METRICS
+) -> list[Score]:
     """Score a label map of class indices against another one on the same grid, class by class or by region."""
     names = dataset.region_names or dataset.classes[1:]
     groups = dataset.regions or [(index,) for index in range(1, len(dataset.classes))]
     masks_of = [(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
-    return score_case(mask.array[0], label.array[0], masks_of, label.spacing, label.unit, tolerance)
+    return score_case(mask.array[0], label.array[0], masks_of, label.spacing, label.unit, tolerance, metrics)
 
 
 def rows_of(scores: Sequence[Score], case: Case, split: str, common: Row) -> list[Row]:

@@ -105,7 +105,7 @@ class Anatomy:
         side = np.pi + rng.uniform(-0.5, 0.5)
         crescent = blob(centre + towards(side, 0.8 * radius), radius * rng.uniform(0.9, 1.0))
         far = side + np.pi + rng.uniform(-0.9, 0.9)
-        nodule_radius = rng.uniform(10, 13) * (1.0 if dimension == 2 else 1.2)  # a ball has few voxels
+        nodule_radius = rng.uniform(10, 13) * (1.0 if dimension == 2 else 1.45)  # a ball has few voxels
         nodule = blob(centre + towards(far, radius + 0.35 * nodule_radius), nodule_radius)
         bowel = blob(centre + towards(side - rng.uniform(1.4, 2.0), radius + 34), rng.uniform(12, 17))
         neighbours = [
