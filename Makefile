@@ -43,7 +43,8 @@ bench: install
 	$(BIN)/python benchmarks/augment.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/predict_volume.py
-	$(BIN)/python benchmarks/ram_dsir_step.py
+	$(BIN)/python benchmarks/objective_step.py ram_dsir
+	$(BIN)/python benchmarks/objective_step.py medcontext
 
 # Resolve every dependency anew for all supported Python versions and platforms. CUDA packages are left out:
 # with a CPU build of PyTorch nothing needs them, and a CUDA build is the user's own choice.

@@ -18,7 +18,7 @@ LAYERS = [
     {"registry"},
     {"config"},
     {"data", "metrics"},
-    {"augment", "corrupt"},
+    {"augment", "corrupt", "masking"},
     {"plan"},
     {"patches"},
     {"networks"},

@@ -14,18 +14,18 @@ from anysite.predict import predict
 from anysite.statistics import estimate_mean
 from anysite.train import train
 
-# In 3-D 0.9 takes longer than a test may: a ball of few voxels is hard, and a speck where none is counts as 0.
+# By dimension: settings and patients a site. In 3-D it takes long: a speck where no nodule is counts as 0.
 SIZES = {
-    2: (["train.steps=500", "predict.flips=false"], 0.90),
-    3: (["train.steps=1500", "plan.patch_size=[48, 48, 48]", "predict.flips=false"], 0.80),
+    2: (["train.steps=500", "predict.flips=false"], 12),
+    3: (["train.steps=3000", "plan.patch_size=[48, 48, 48]"], 16),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dimension", [2, 3])
 def test_a_network_learns_the_phantom_and_loses_at_the_unseen_site(dimension: int, tmp_path: Path) -> None:
-    overrides, reached = SIZES[dimension]
-    folder = write_phantom(tmp_path / "phantom", dimension=dimension)
+    overrides, patients = SIZES[dimension]
+    folder = write_phantom(tmp_path / "phantom", dimension=dimension, patients_per_site=patients)
     dataset = open_dataset(folder)
     settings = config.load("baseline", [*overrides, 'test_domains=["west"]', "train.threads=1"])
     run = train(dataset, settings, tmp_path / "run")
@@ -37,5 +37,5 @@ def test_a_network_learns_the_phantom_and_loses_at_the_unseen_site(dimension: in
     for split in ("in_domain", "unseen"):
         chosen = [row for row in rows if row["split"] == split and row["value"] is not None]
         means[split] = estimate_mean([r["value"] for r in chosen], [r["patient"] for r in chosen]).mean
-    assert means["in_domain"] > reached
+    assert means["in_domain"] > 0.9
     assert means["in_domain"] - means["unseen"] > 0.10

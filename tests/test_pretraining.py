@@ -21,9 +21,9 @@ from anysite.data.case import Dataset
 from anysite.errors import ConfigError, DataError, InterruptedTraining, RunError
 from anysite.learner import build_network
 from anysite.loop import Progress
+from anysite.masking import draw_blocks
 from anysite.networks import encoder_tensors
 from anysite.objectives import Step
-from anysite.objectives.masked_autoencoder import draw_blocks
 from anysite.objectives.tile_autoencoder import TileAutoencoder, choose_grid, cut_tiles, join_tiles
 from anysite.plan import learn_plan
 from anysite.predict import predict
@@ -84,7 +84,7 @@ def test_tiles_that_the_network_cannot_take_are_enlarged(phantom: Dataset) -> No
 @pytest.mark.parametrize("shape", [(32, 48), (30, 41), (8, 24, 24), (3, 20, 20)])
 @pytest.mark.parametrize("ratio", [0.25, 0.6, 0.75])
 def test_blocks_cover_the_stated_share(shape: tuple[int, ...], ratio: float) -> None:
-    masks = draw_blocks(5, shape, 8, ratio, torch.Generator().manual_seed(0))
+    masks = draw_blocks(5, shape, 8, ratio, generator=torch.Generator().manual_seed(0))
     assert masks.shape == (5, *shape)
     cells = [-(-n // min(8, n)) for n in shape]
     total = int(torch.tensor(cells).prod())

@@ -27,6 +27,7 @@ NETWORKS = {
 OBJECTIVES = {
     "supervised": "anysite.objectives.supervised:Supervised",
     "ram_dsir": "anysite.objectives.ram_dsir:RamDsir",
+    "medcontext": "anysite.objectives.medcontext:MedContext",
     "auxiliary_reconstruction": "anysite.objectives.auxiliary_reconstruction:AuxiliaryReconstruction",
     "tile_autoencoder": "anysite.objectives.tile_autoencoder:TileAutoencoder",
     "masked_autoencoder": "anysite.objectives.masked_autoencoder:MaskedAutoencoder",

@@ -26,6 +26,8 @@ class Network(nn.Module, ABC):
         patch_size: The spatial shape in voxels for which the network was built.
         fixed_size: Whether it takes images of `patch_size` alone, and not of other multiples of `stride`.
         channels_last: Whether it computes faster with the channels innermost in memory, as measured.
+        token_voxels: The sides of one token of a transformer in voxels; ones where there are no tokens.
+        token_width: The channels of a token.
 
     Raises:
         ConfigError: neither two nor three spatial axes, or a count below one.
@@ -35,6 +37,7 @@ class Network(nn.Module, ABC):
     stride: tuple[int, ...]
     fixed_size: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False
+    token_width: int = 0
 
     def __init__(self, channels: int, classes: int, patch_size: Sequence[int]) -> None:
         super().__init__()
@@ -44,6 +47,7 @@ class Network(nn.Module, ABC):
             )
         require_counts(channels=channels, classes=classes)
         self.channels, self.patch_size = channels, tuple(patch_size)
+        self.token_voxels = (1,) * self.dimension
 
     @property
     def dimension(self) -> int:
@@ -56,6 +60,11 @@ class Network(nn.Module, ABC):
         if not self.channels_last:
             return torch.contiguous_format
         return torch.channels_last if self.dimension == 2 else torch.channels_last_3d
+
+    @property
+    def embedding(self) -> nn.Module | None:
+        """The module that makes tokens `(b, n, w)` or `(b, w, *t)` of an image; none where there are no tokens."""
+        return None
 
     @abstractmethod
     def encode(self, image: Float[Tensor, "b c *s"]) -> list[Tensor]:

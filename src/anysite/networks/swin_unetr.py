@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jaxtyping import Float
 from monai.networks import nets
-from torch import Tensor
+from torch import Tensor, nn
 
 from anysite.networks import Network, require_counts, require_fractions, require_multiples
 
@@ -44,7 +44,8 @@ class SwinUNETR(Network):
         require_multiples(12, width=width)
         require_fractions(dropout=dropout, drop_path=drop_path)
         self.widths = (width, width, 2 * width, 4 * width, 8 * width, 16 * width)
-        self.stride = (32,) * self.dimension
+        self.stride, self.token_voxels = (32,) * self.dimension, (2,) * self.dimension
+        self.token_width = width
         self._require_patch_size(self.stride)
         self.network = nets.SwinUNETR(
             channels,
@@ -58,6 +59,11 @@ class SwinUNETR(Network):
             dropout_path_rate=drop_path,
             spatial_dims=self.dimension,
         )
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The transformer's patches; their positions enter later, as biases of attention."""
+        return self.network.swinViT.patch_embed
 
     def encode(self, image: Float[Tensor, "b c *s"]) -> list[Tensor]:
         """Return the five skips, from full resolution down, and the bottleneck."""

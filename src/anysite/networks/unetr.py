@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jaxtyping import Float
 from monai.networks import nets
-from torch import Tensor
+from torch import Tensor, nn
 
 from anysite.errors import ConfigError, GeometryError
 from anysite.networks import Network, require_counts, require_fractions
@@ -50,7 +50,8 @@ class UNETR(Network):
                 f"{hidden_size}", where="network.hidden_size", expected=f"a multiple of network.heads={heads}"
             )
         self.widths = (width, 2 * width, 4 * width, 8 * width, hidden_size)
-        self.stride = (16,) * self.dimension
+        self.stride = self.token_voxels = (16,) * self.dimension
+        self.token_width = hidden_size
         self._require_patch_size(self.stride)
         self.network = nets.UNETR(
             channels,
@@ -66,6 +67,11 @@ class UNETR(Network):
         # MONAI builds these for cross-attention, which UNETR has none of; no gradient would reach them.
         for block in self.network.vit.blocks:
             del block.norm_cross_attn
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The transformer's patches with their positions added."""
+        return self.network.vit.patch_embedding
 
     def encode(self, image: Float[Tensor, "b c *s"]) -> list[Tensor]:
         """Return the four skips, and the transformer's tokens as the bottleneck.

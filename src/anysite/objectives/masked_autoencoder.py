@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from anysite.masking import draw_blocks
 from anysite.networks import Network, require_counts, require_fractions
 from anysite.networks.restoration import RestorationDecoder, scale_to_unit
 from anysite.objectives import Objective, Step
@@ -57,20 +55,3 @@ class MaskedAutoencoder(Objective):
         # Images are normalised, so that zero is their mean.
         features = step.network.encode(step.image.masked_fill(masked, 0.0))
         return masked, self.decoder(features[-1], step.domain)
-
-
-def draw_blocks(
-    count: int,
-    shape: Sequence[int],
-    block_voxels: int,
-    ratio: float,
-    generator: torch.Generator | None = None,
-) -> Bool[Tensor, "b *s"]:
-    """Return masks in which a random share `ratio` of the blocks is true, exactly as many in every sample."""
-    cells = [-(-n // min(block_voxels, n)) for n in shape]
-    total = torch.tensor(cells).prod().item()
-    order = torch.rand(count, int(total), generator=generator).argsort(1)
-    mask = (order < round(ratio * total)).view(count, *cells)
-    for axis, n in enumerate(shape, start=1):
-        mask = mask.repeat_interleave(min(block_voxels, n), dim=axis).narrow(axis, 0, n)
-    return mask

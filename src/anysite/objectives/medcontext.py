@@ -1,0 +1,236 @@
+"""MedContext, masked self-supervision beside the labels: Gani, Naseer, Khan, Khan, 2024, https://arxiv.org/abs/2402.17725.
+
+The network also segments a masked copy of the batch, towards the label and towards what a moving average of
+itself, the teacher, makes of the whole image: what is hidden has to be told from its surroundings.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from anysite.errors import ConfigError
+from anysite.masking import draw_blocks
+from anysite.networks import Network, require_counts, require_fractions
+from anysite.networks.restoration import scale_to_unit
+from anysite.objectives import Objective, Step
+from anysite.objectives.supervised import Supervised
+from anysite.plan import Plan
+
+# The released code's schedule: linear over 5,000 steps, but read by the step within an epoch of 250.
+RELEASED_MOMENTUM, RELEASED_WARMUP, RELEASED_EPOCH = 0.996, 5000, 250
+
+
+class MedContext(Objective):
+    """A masked pass that is supervised too, and consistency in the output with a moving-average teacher.
+
+    Args:
+        supervised_weight: Of Dice and cross-entropy of the masked pass.
+        consistency_weight: Of the divergence from the teacher; 0 trains without a teacher.
+        divergence: Squared error of probabilities ("mse") or logits ("mse_logits"), summed over classes, or
+            Kullback-Leibler ("kl"); averaged over voxels.
+        region: Over which voxels: "masked" alone, or "all".
+        temperature: Of the teacher's probabilities; below 1 sharpens them.
+        ramp: Share of training over which the consistency's weight rises from 0.
+        ratio: Share of the image masked.
+        block_voxels: Side of a masked block; at least four lie along the patch's longest axis, and a block is
+            whole tokens of a transformer.
+        tube: Blocks run through the whole first axis.
+        place: "voxels": blocks of the image are blanked, so that nothing of them reaches any layer; "tokens": a
+            transformer's tokens are replaced by a learned vector after their positions were added, while its
+            convolutional skips see the whole image, as released. Networks without tokens always blank voxels.
+        momentum: The teacher's, at the beginning and the end, by half a cosine (Caron et al., 2021,
+            https://arxiv.org/abs/2104.14294).
+        compat: "official" as the released code computes: squared error of logits over the norm of the teacher's,
+            one mask for the whole batch, and a momentum near zero.
+
+    Raises:
+        ConfigError: a setting out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        supervised_weight: float = 1.0,
+        consistency_weight: float = 0.5,
+        divergence: Literal["mse", "mse_logits", "kl"] = "mse",
+        region: Literal["masked", "all"] = "masked",
+        temperature: float = 1.0,
+        ramp: float = 0.1,
+        ratio: float = 0.4,
+        block_voxels: int = 16,
+        tube: bool = False,
+        place: Literal["voxels", "tokens"] = "voxels",
+        momentum: tuple[float, float] = (0.99, 0.999),
+        compat: Literal["recommended", "official"] = "recommended",
+    ) -> None:
+        super().__init__(weight=weight)
+        where = "objectives.medcontext"
+        require_counts(where, block_voxels=block_voxels)
+        require_fractions(where, ratio=ratio, ramp=ramp)
+        if temperature <= 0:
+            raise ConfigError(f"{temperature}", where=f"{where}.temperature", expected="above 0")
+        if not 0 <= momentum[0] <= momentum[1] <= 1:
+            raise ConfigError(
+                f"{list(momentum)}", where=f"{where}.momentum", expected="two numbers from 0 to 1, ascending"
+            )
+        self.supervised_weight, self.consistency_weight = supervised_weight, consistency_weight
+        self.divergence, self.region, self.temperature, self.ramp = divergence, region, temperature, ramp
+        self.ratio, self.block_voxels, self.tube, self.place = ratio, block_voxels, tube, place
+        self.momentum, self.compat = momentum, compat
+
+    def attach(self, network: Network, plan: Plan, domains: tuple[str, ...]) -> None:
+        """Fit the blocks to patch and tokens, and build the teacher."""
+        self.overlapping = bool(plan.regions)
+        self.supervised = Supervised()
+        self.supervised.attach(network, plan, domains)
+        side = min(self.block_voxels, max(1, max(plan.patch_size) // 4))
+        tokens = network.token_voxels
+        self.block = tuple(token * max(1, round(side / token)) for token in tokens)
+        self.by_tokens = self.place == "tokens" and network.embedding is not None
+        if self.by_tokens:
+            self.grid = tuple(n // token for n, token in zip(plan.patch_size, tokens, strict=True))
+            self.block = tuple(side // token for side, token in zip(self.block, tokens, strict=True))
+            self.mask_token = nn.Parameter(torch.zeros(network.token_width))
+        if self.consistency_weight:
+            self.teacher = Teacher(network)
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """Return the weighted terms `masked` and, with a teacher, `consistency`."""
+        self.progress = step.progress
+        masked, logits = self._segment_masked(step)
+        terms = {"masked": self.supervised_weight * self.supervised.compare(logits, step.label)}
+        if self.consistency_weight:
+            target = self.teacher.segment(step.image, step.network)
+            rise = min(1.0, step.progress / self.ramp) if self.ramp else 1.0
+            difference = self._compare(logits.float(), target.float(), masked)
+            terms["consistency"] = rise * self.consistency_weight * difference
+        return terms
+
+    def after_step(self, network: Network) -> None:
+        """Move the teacher towards the network."""
+        if self.consistency_weight:
+            updates = int(self.teacher.updates)
+            if self.compat == "official":
+                momentum = released_momentum(updates)
+            else:
+                momentum = momentum_at(self.progress, updates, *self.momentum)
+            self.teacher.follow(network, momentum)
+
+    def preview(self, step: Step) -> dict[str, Tensor]:
+        """Return the image, and what is left of it."""
+        image, masked = scale_to_unit(step.image), self._draw_mask(step)
+        return {"image": image, "masked": image.masked_fill(masked[:, None], 0.0)}
+
+    def _segment_masked(self, step: Step) -> tuple[Bool[Tensor, "b *s"], Float[Tensor, "b k *s"]]:
+        masked = self._draw_mask(step)
+        if not self.by_tokens:
+            return masked, step.network(step.image.masked_fill(masked[:, None], 0.0))
+        embedding = step.network.embedding
+        assert embedding is not None
+        every = (slice(None), *(slice(None, None, token) for token in step.network.token_voxels))
+
+        def replace(module: nn.Module, image: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
+            return replace_tokens(tokens, masked[every], self.mask_token)
+
+        with embedding.register_forward_hook(replace):
+            return masked, step.network(step.image)
+
+    def _draw_mask(self, step: Step) -> Bool[Tensor, "b *s"]:
+        shape = self.grid if self.by_tokens else step.image.shape[2:]
+        masked = draw_blocks(
+            len(step.image), shape, self.block, self.ratio, tube=self.tube, alike=self.compat == "official"
+        )
+        if self.by_tokens:
+            for axis, token in enumerate(step.network.token_voxels, start=1):
+                masked = masked.repeat_interleave(token, dim=axis)
+        return masked.to(step.image.device)
+
+    def _compare(self, logits: Tensor, target: Tensor, masked: Tensor) -> Float[Tensor, ""]:
+        if self.compat == "official":
+            return F.mse_loss(logits, target) / target.norm()
+        each = diverge(logits, target / self.temperature, self.divergence, self.overlapping)
+        if self.region == "all":
+            return each.mean()
+        return (each * masked).sum() / masked.sum().clamp(min=1)
+
+
+class Teacher(nn.Module):
+    """A copy of the network that follows it as a moving average and never learns by itself.
+
+    It starts as the copy of what the network is at its first use, which may have begun from a pretraining.
+    """
+
+    updates: Tensor
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        self.register_buffer("updates", torch.tensor(0))
+        self.register_buffer("begun", torch.tensor(False))
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in evaluation mode, whatever the mode of the training."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def segment(self, image: Float[Tensor, "b c *s"], network: Network) -> Float[Tensor, "b k *s"]:
+        """Return the teacher's logits."""
+        if not self.begun:
+            self.network.load_state_dict(network.state_dict())
+            self.begun.fill_(True)
+        return self.network(image)
+
+    @torch.no_grad()
+    def follow(self, network: Network, momentum: float) -> None:
+        """Set every weight to `momentum` of the teacher's and the rest of the network's; buffers are copied."""
+        for mine, theirs in zip(self.network.parameters(), network.parameters(), strict=True):
+            mine.lerp_(theirs, 1 - momentum)
+        for mine, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
+            mine.copy_(theirs)
+        self.updates += 1
+
+
+def momentum_at(progress: float, updates: int, start: float, end: float) -> float:
+    """Return the teacher's momentum: from `start` to `end` by half a cosine, at first no longer than its past."""
+    planned = end - (end - start) * 0.5 * (1 + math.cos(math.pi * progress))
+    return min(planned, 1 - 1 / (updates + 1))
+
+
+def released_momentum(step: int, warmup: int = RELEASED_WARMUP, epoch: int = RELEASED_EPOCH) -> float:
+    """Return the momentum that the released code arrives at: its schedule read by the step within an epoch."""
+    return RELEASED_MOMENTUM * (step % epoch) / (warmup - 1)
+
+
+def replace_tokens(
+    tokens: Float[Tensor, "b *n"], masked: Bool[Tensor, "b *t"], mask_token: Float[Tensor, "w"]
+) -> Float[Tensor, "b *n"]:
+    """Return tokens `(b, n, w)` or `(b, w, *t)` with those masked replaced by `mask_token`."""
+    if tokens.ndim == 3:
+        return torch.where(masked.flatten(1)[..., None], mask_token.to(tokens.dtype), tokens)
+    shaped = mask_token.to(tokens.dtype).view(-1, *[1] * (tokens.ndim - 2))
+    return torch.where(masked[:, None], shaped, tokens)
+
+
+def diverge(
+    logits: Float[Tensor, "b k *s"], target: Float[Tensor, "b k *s"], kind: str, overlapping: bool
+) -> Float[Tensor, "b *s"]:
+    """Return how far the prediction is from the target at each voxel, summed over classes or regions."""
+    if kind == "mse_logits":
+        return (logits - target).square().sum(1)
+    if kind == "mse":
+        one, other = (x.sigmoid() if overlapping else x.softmax(1) for x in (logits, target))
+        return (one - other).square().sum(1)
+    if overlapping:
+        both = (F.logsigmoid(target) - F.logsigmoid(logits), F.logsigmoid(-target) - F.logsigmoid(-logits))
+        chance = target.sigmoid()
+        return (chance * both[0] + (1 - chance) * both[1]).sum(1)
+    log_target = target.log_softmax(1)
+    return (log_target.exp() * (log_target - logits.log_softmax(1))).sum(1)
