@@ -198,6 +198,21 @@ def test_unknown_corruptions_and_severities_are_refused(
         list_jobs(phantom, tmp_path, ["baseline"], [0], "pooled", **options)
 
 
+def test_calibration_is_scored_of_clean_and_corrupted_images(
+    phantom: Dataset, phantom_folder: Path, tmp_path: Path
+) -> None:
+    (job,) = list_jobs(
+        phantom, phantom_folder, ["baseline"], [0], "leave-one-out", TINY, test_domains=["west"],
+        metrics=["dice", "ece"], corruptions=["gaussian_noise"], severities=[3],
+    )  # fmt: skip
+    outcome = run_job(job, 1, None)
+    rows = [row for row in outcome.rows if row["metric"] == "ece"]
+    assert {row["class"] for row in rows} == {"all classes"}
+    assert {row["corruption"] for row in rows} == {"none", "gaussian_noise"}
+    write_rows(tmp_path / "rows.jsonl", outcome.rows)
+    assert not unfinished([job], tmp_path / "rows.jsonl")
+
+
 def test_what_a_training_cost_is_kept(finished: tuple[Path, list[JobOutcome]]) -> None:
     costs = [r for r in read_rows(finished[0]) if r["split"] == "run"]
     assert [r["metric"] for r in costs] == COSTS * 2

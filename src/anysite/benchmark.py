@@ -19,10 +19,11 @@ from typing import Any
 from filelock import FileLock
 
 from anysite import compute, config, runs
+from anysite.calibration import CALIBRATION_METRICS
 from anysite.corrupt import CORRUPTIONS, corrupt, fingerprint
 from anysite.data.case import Case, Dataset
 from anysite.errors import AnysiteError, ConfigError, DataError, InterruptedTraining
-from anysite.evaluate import Row, evaluate, read_rows, rows_of, score_volume, write_rows
+from anysite.evaluate import Row, evaluate, read_rows, rows_of, score_probabilities, score_volume, write_rows
 from anysite.metrics import METRICS
 
 
@@ -139,8 +140,9 @@ def list_jobs(
     if negative := [seed for seed in seeds if seed < 0]:
         raise ConfigError(f"seed {negative[0]}", expected="0 or above")
     for metric in metrics:
-        if metric not in METRICS:
-            raise ConfigError(f"no metric {metric!r}", expected=f"one of {', '.join(METRICS)}")
+        if metric not in METRICS | CALIBRATION_METRICS:
+            known = ", ".join(METRICS | CALIBRATION_METRICS)
+            raise ConfigError(f"no metric {metric!r}", expected=f"one of {known}")
     corruptions = tuple(CORRUPTIONS) if list(corruptions) == ["all"] else tuple(corruptions)
     for name in corruptions:
         fingerprint(name)  # so that an unknown name is refused before anything runs
@@ -260,7 +262,9 @@ def _score(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Row]:
             "no case is left to score", where=job.dataset, fix="set train.validation_fraction above 0"
         )
     began = time.monotonic()
-    failures = [o for o in predict([run], cases, folder / "masks", dataset=dataset) if o.status == "failed"]
+    save = not CALIBRATION_METRICS.keys().isdisjoint(job.metrics)
+    outcomes = list(predict([run], cases, folder / "masks", dataset=dataset, save_probabilities=save))
+    failures = [outcome for outcome in outcomes if outcome.status == "failed"]
     predicting_s = time.monotonic() - began
     # The splits list the sites in the order of their cases, which may differ from the job's.
     context = {
@@ -305,8 +309,12 @@ def _score_corrupted(
         for name, severity in itertools.product(job.corruptions, job.severities):
             # The same draw at every severity and for every method.
             image_seed = zlib.crc32(case.id.encode())
-            mask = segmenter.segment(corrupt(image, name, severity, image_seed)).label
-            scores = score_volume(mask, label, dataset, metrics=job.metrics)
+            prediction = segmenter.segment(corrupt(image, name, severity, image_seed))
+            masked = [metric for metric in job.metrics if metric in METRICS]
+            scores = score_volume(prediction.label, label, dataset, metrics=masked)
+            if len(masked) < len(job.metrics):
+                chances = prediction.probabilities.array
+                scores += score_probabilities(chances, prediction.label, label, dataset, job.metrics)
             place = common | {
                 "corruption": name, "severity": severity, "corruption_version": _version_of(name)
             }  # fmt: skip

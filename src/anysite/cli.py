@@ -250,6 +250,9 @@ def predict(
     flips: Annotated[
         bool | None, typer.Option(help="test-time augmentation by mirroring; default: the run's setting")
     ] = None,
+    calibrate: Annotated[
+        bool | None, typer.Option(help="probabilities by the run's temperature; default: the run's setting")
+    ] = None,
     include_training: Annotated[
         bool, typer.Option("--include-training", help="also cases the run was trained on")
     ] = False,
@@ -275,7 +278,7 @@ def predict(
     count: dict[str, int] = {"done": 0, "skipped": 0, "failed": 0}
     with console.case_bar(len(share), "predicting") as advance:
         for outcome in prediction.predict(
-            opened, cases, output, flips=flips, save_probabilities=save_probabilities, part=part,
+            opened, cases, output, flips=flips, calibrate=calibrate, save_probabilities=save_probabilities, part=part,
             dataset=dataset, sites_known=sites_known, accelerator=accelerator,
         ):  # fmt: skip
             count[outcome.status] += 1

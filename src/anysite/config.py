@@ -188,10 +188,20 @@ class PredictSettings(Settings):
     flips: bool = Field(default=True, description="test-time augmentation by mirroring")
     batch_size: int = Field(default=8, gt=0)
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    calibrate: bool = Field(default=True, description="scale probabilities by the run's temperature")
     normalisation: Literal["eval", "batch"] = Field(
         default="eval",
         description="batch: batch normalisation by the statistics of each batch of test windows",
     )
+
+
+class CalibrationSettings(Settings):
+    """Temperature scaling on held-out source patients, at the end of a training."""
+
+    kind: Literal["global", "per_class", "none"] = Field(
+        default="global", description="one temperature, one for each class, or none"
+    )
+    cases: int = Field(default=10, gt=0, description="held-out cases it is fitted on at most")
 
 
 class PretrainSettings(Settings):
@@ -223,6 +233,7 @@ class Config(Settings):
     augment: AugmentSettings = AugmentSettings()
     train: TrainSettings = TrainSettings()
     predict: PredictSettings = PredictSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
 
 
 def preset_names() -> list[str]:

@@ -118,6 +118,9 @@ def show_run(run: Run) -> None:
         f"{len(run.splits['training'])} cases of {', '.join(facts['train_domains'])}; "
         f"{len(run.splits['held_out'])} held out, {len(run.splits['test'])} of test sites; run folder {run.path}"
     )
+    if set(run.temperature.values) != {1.0}:
+        values = ", ".join(f"{value:.2f}" for value in run.temperature.values)
+        say(f"probabilities are calibrated by a temperature of {values}, from held-out patients")
 
 
 def describe_transfer(started_from: dict[str, Any]) -> str:

@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from anysite import atomic
+from anysite.calibration import CALIBRATION_METRICS, score_calibration, select_band
 from anysite.data import files
 from anysite.data.case import Case, Dataset
+from anysite.data.probabilities import read_probabilities
 from anysite.data.volume import Volume
 from anysite.errors import AnysiteError, DataError, FileFormatError, GeometryError, LabelError
-from anysite.manifest import MANIFESTS, mask_suffix, read_manifests
+from anysite.manifest import MANIFESTS, mask_suffix, probabilities_name, read_manifests
 from anysite.metrics import METRICS, Score, score_case
 
 ROWS, SUMMARY = "rows.jsonl", "summary.json"
+ALL_CLASSES = "all classes"  # what the rows of calibration are about
 
 Row = dict[str, Any]
 
@@ -113,6 +117,35 @@ def score_volume(
     return score_case(mask.array[0], label.array[0], masks_of, label.spacing, label.unit, tolerance, metrics)
 
 
+def score_probabilities(
+    probabilities: Float[np.ndarray, "k *s"],
+    mask: Volume,
+    label: Volume,
+    dataset: Dataset,
+    metrics: Collection[str] = CALIBRATION_METRICS,
+    where: object = "",
+) -> list[Score]:
+    """Score the calibration near anything predicted or true.
+
+    Raises:
+        GeometryError: the probabilities are of another shape than the label, or of other classes.
+    """
+    groups = dataset.regions or [(index,) for index in range(len(dataset.classes))]
+    if probabilities.shape != (len(groups), *label.shape):
+        raise GeometryError(
+            f"probabilities of shape {probabilities.shape}",
+            where=where,
+            expected=f"{(len(groups), *label.shape)}",
+        )
+    band = select_band(mask.array[0], label.array[0], label.spacing)
+    truth = np.stack([np.isin(label.array[0][band], group) for group in groups])
+    chosen = [metric for metric in CALIBRATION_METRICS if metric in metrics]
+    scores = score_calibration(
+        probabilities[:, band], truth, overlapping=bool(dataset.regions), metrics=chosen
+    )
+    return [Score(ALL_CLASSES, metric, value, "1") for metric, value in scores.items()]
+
+
 def rows_of(scores: Sequence[Score], case: Case, split: str, common: Row) -> list[Row]:
     """Return one row a score, with the fields of its case and those in `common`."""
     place = {**common, "domain": case.domain, "split": split, "patient": case.patient, "case": case.id}
@@ -127,11 +160,13 @@ def summarise(rows: Sequence[Row], failed: dict[str, str]) -> dict[str, Any]:
 
     Means leave out undefined values; "undefined" says how many there were.
     """
-    metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    classes = list(dict.fromkeys(row["class"] for row in rows))
+    metrics = list(dict.fromkeys(row["metric"] for row in rows if row["class"] != ALL_CLASSES))
+    classes = list(dict.fromkeys(row["class"] for row in rows if row["class"] != ALL_CLASSES))
     cases = list(dict.fromkeys(row["case"] for row in rows))
     by_case: dict[str, dict[str, dict[str, float | None]]] = {case: {} for case in cases}
     for row in rows:
+        if row["class"] == ALL_CLASSES:
+            continue
         by_case[row["case"]].setdefault(row["class"], {})[row["metric"]] = row["value"]
     groups = {
         name: {
@@ -146,11 +181,16 @@ def summarise(rows: Sequence[Row], failed: dict[str, str]) -> dict[str, Any]:
         c: {m: _mean([r["value"] for r in rows if (r["class"], r["metric"]) == (c, m)]) for m in metrics}
         for c in classes
     }
+    calibration = [row for row in rows if row["class"] == ALL_CLASSES]
     return {
         # As in nnU-Net the mean of the classes' means, so that a rare class counts as much as any.
         "foreground_mean": {m: _mean([means[c][m] for c in classes]) for m in metrics},
         "mean": means,
         "metric_per_case": [{"case": case, "metrics": by_case[case]} for case in cases],
+        "calibration": {
+            m: _mean([row["value"] for row in calibration if row["metric"] == m])
+            for m in dict.fromkeys(row["metric"] for row in calibration)
+        },
         "by_domain": groups["domain"],
         "by_split": groups["split"],
         "undefined": {m: sum(r["value"] is None for r in rows if r["metric"] == m) for m in metrics},
@@ -201,7 +241,11 @@ def _score_mask(case: Case, path: Path, dataset: Dataset, ours: bool, tolerance:
     beyond = int(mask.array.max())
     if beyond >= len(dataset.classes):
         raise DataError(f"class index {beyond}", where=path, expected=f"0 to {len(dataset.classes) - 1}")
-    return score_volume(mask, label, dataset, tolerance)
+    scores = score_volume(mask, label, dataset, tolerance)
+    saved = path.parent / probabilities_name(case)
+    if not ours or not saved.is_file():
+        return scores
+    return scores + score_probabilities(read_probabilities(saved), mask, label, dataset, where=saved)
 
 
 def _as_class_indices(mask: Volume, path: Path, dataset: Dataset) -> Volume:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -142,6 +142,11 @@ class Plan(BaseModel):
         for probability, index in zip(probabilities.array, self.region_classes, strict=True):
             label[0][probability > 0.5] = index
         return probabilities.with_array(label)
+
+    def as_maps(self, label: Integer[np.ndarray, "*s"]) -> Bool[np.ndarray, "k *s"]:
+        """Return for every class or region whether each voxel of a label map of class indices is of it."""
+        groups = self.regions or [(index,) for index in range(len(self.classes))]
+        return np.stack([np.isin(label, group) for group in groups])
 
 
 @dataclass(frozen=True)

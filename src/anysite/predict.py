@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
-
-from anysite import __version__, atomic, runs
+from anysite import __version__, runs
 from anysite.data import files
 from anysite.data.case import Case, Dataset
 from anysite.data.layouts import find_cases, open_dataset, open_images
-from anysite.data.volume import Volume
-from anysite.errors import AnysiteError, ConfigError, DataError, FileFormatError
+from anysite.data.probabilities import read_probabilities, write_probabilities
+from anysite.errors import AnysiteError, ConfigError, DataError
 from anysite.manifest import (
     Manifest,
     describe_case,
@@ -104,6 +101,7 @@ def predict(
     output: Path,
     *,
     flips: bool | None = None,
+    calibrate: bool | None = None,
     save_probabilities: bool = False,
     part: str = "1/1",
     dataset: Dataset | None = None,
@@ -130,10 +128,13 @@ def predict(
     _require_apart(cases, output)
     share = select_part(cases, part)
     settings = run_folders[0].config.predict
-    if flips is not None:
-        settings = settings.model_copy(update={"flips": flips})
+    asked = {"flips": flips, "calibrate": calibrate}
+    settings = settings.model_copy(update={name: value for name, value in asked.items() if value is not None})
     origin = {
-        "runs": [run.manifest["files"][runs.WEIGHTS] for run in run_folders],
+        "runs": [
+            [run.manifest["files"].get(name) for name in (runs.WEIGHTS, runs.CALIBRATION)]
+            for run in run_folders
+        ],
         "settings": settings.model_dump(),
     }
     facts = {
@@ -154,32 +155,6 @@ def predict(
         segmenter = segmenter or Segmenter(run_folders, settings, accelerator)
         split = split_of(case, run_folders, sites_known)
         yield _attempt_case(segmenter, case, split, manifest, save_probabilities)
-
-
-def write_probabilities(probabilities: Volume, path: Path) -> None:
-    """Write `(K, *S)` probabilities as `.npz` with the array "probabilities", atomically.
-
-    Raises:
-        FileFormatError: the file cannot be written.
-    """
-    try:
-        with atomic.replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, probabilities=probabilities.array.astype(np.float16))
-    except OSError as error:
-        raise FileFormatError(f"cannot be written ({error.strerror})", where=path) from error
-
-
-def read_probabilities(path: Path) -> Float[np.ndarray, "k *s"]:
-    """Read what `write_probabilities` wrote, in float32.
-
-    Raises:
-        FileFormatError: the file is missing or holds something else.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            return content["probabilities"].astype(np.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise FileFormatError(f"not readable as probabilities ({error})", where=path) from error
 
 
 def _attempt_case(
@@ -247,6 +222,7 @@ def _describe_run(run: Run) -> dict[str, Any]:
     return {
         "path": run.path.name,
         "seed": run.config.seed,
+        "temperature": list(run.temperature.values),
         "config": run.config.model_dump(mode="json"),
         "plan": run.plan.model_dump(mode="json"),
         **{key: run.manifest[key] for key in known if key in run.manifest},

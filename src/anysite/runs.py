@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anysite import __version__, atomic, config
+from anysite.calibration import Temperature
 from anysite.errors import AnysiteError, ConfigError, RunError
 from anysite.learner import build_network
 from anysite.networks import Network
@@ -31,6 +32,7 @@ from anysite.plan import Plan
 
 CONFIG, PLAN, SPLITS, WEIGHTS = "config.json", "plan.json", "splits.json", "weights.safetensors"
 CHECKPOINT, MANIFEST, LOG = "checkpoint.safetensors", "run.json", "log.jsonl"
+CALIBRATION = "calibration.json"
 SEALED = (CONFIG, PLAN, SPLITS, WEIGHTS)
 VERSIONED = ("torch", "monai", "lightning-fabric", "numpy", "nibabel", "scipy")
 
@@ -41,6 +43,7 @@ class Run:
 
     Attributes:
         splits: Case ids by role: "training", "held_out" (source patients not trained on), "test".
+        temperature: Of its probabilities, from the held-out patients.
     """
 
     path: Path
@@ -48,6 +51,7 @@ class Run:
     plan: Plan
     splits: dict[str, list[str]]
     manifest: dict[str, Any]
+    temperature: Temperature = Temperature()
 
     def network(self) -> Network:
         """Build the network and load its weights.
@@ -85,7 +89,7 @@ def open_run(path: Path) -> Run:
         raise RunError(
             "training that has not finished", where=path, fix="continue it with anysite train --resume"
         )
-    for name in SEALED:
+    for name in dict.fromkeys([*SEALED, *manifest["files"]]):
         if not (path / name).is_file():
             raise RunError("no such file", where=path / name, fix="restore the run folder from its source")
         if atomic.sha256(path / name) != manifest["files"].get(name):
@@ -94,7 +98,14 @@ def open_run(path: Path) -> Run:
                 where=path / name,
                 fix="restore the run folder from its source",
             )
-    return Run(path, read_config(path), read_plan(path), read_splits(path), manifest)
+    return Run(
+        path,
+        read_config(path),
+        read_plan(path),
+        read_splits(path),
+        manifest,
+        read_temperature(path) if CALIBRATION in manifest["files"] else Temperature(),
+    )
 
 
 def is_pretraining(run: Run) -> bool:
@@ -149,6 +160,23 @@ def read_splits(path: Path) -> dict[str, list[str]]:
     return content
 
 
+def read_temperature(path: Path) -> Temperature:
+    """Read the temperature of a run folder's probabilities.
+
+    Raises:
+        RunError: it is not positive numbers.
+    """
+    content = _read_part(path / CALIBRATION)
+    values = content.get("temperature") if isinstance(content, dict) else None
+    if (
+        not isinstance(values, list)
+        or not values
+        or not all(isinstance(v, int | float) and v > 0 for v in values)
+    ):
+        raise RunError("no temperature", where=path / CALIBRATION, expected="positive numbers")
+    return Temperature(tuple(map(float, values)))
+
+
 def start(
     path: Path, settings: config.Config, plan: Plan, splits: dict[str, list[str]], **facts: Any
 ) -> None:
@@ -167,12 +195,15 @@ def note(path: Path, **facts: Any) -> None:
     atomic.write_json(path / MANIFEST, read_manifest(path) | facts)
 
 
-def finish(path: Path, network: Network, **facts: Any) -> None:
-    """Write the weights and seal the folder: a digest of every file that prediction relies on."""
+def finish(path: Path, network: Network, calibration: Mapping[str, Any] | None = None, **facts: Any) -> None:
+    """Write weights and calibration and seal the folder: a digest of every file that prediction relies on."""
     save_tensors(path / WEIGHTS, network.state_dict())
+    if calibration is not None:
+        atomic.write_json(path / CALIBRATION, dict(calibration))
     manifest = {k: v for k, v in read_manifest(path).items() if k != "files"}
     manifest.update(facts, finished=True, finished_at=now(), versions=versions(), commit=commit())
-    manifest["files"] = {name: atomic.sha256(path / name) for name in SEALED}
+    names = (*SEALED, *([CALIBRATION] if calibration is not None else []))
+    manifest["files"] = {name: atomic.sha256(path / name) for name in names}
     atomic.write_json(path / MANIFEST, manifest)
     (path / CHECKPOINT).unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from anysite import compute
+from anysite.calibration import Temperature, average_temperatures
 from anysite.config import Config, PredictSettings
 from anysite.data.volume import Volume
 from anysite.errors import ConfigError, RunError
@@ -28,7 +29,7 @@ class Prediction:
 
     Attributes:
         label: Class indices `(1, *S)` on the image's own grid.
-        probabilities: One map a class or region `(K, *S)` on the same grid.
+        probabilities: One map a class or region `(K, *S)` on the same grid, calibrated unless switched off.
     """
 
     label: Volume
@@ -38,12 +39,22 @@ class Prediction:
 class Segmenter:
     """Segments images with the networks of one or several runs, whose probabilities are averaged.
 
+    Args:
+        runs: Whose plans, settings and temperatures count.
+        settings: Of prediction; none: those of the first run.
+        accelerator: "auto", "cpu" or "cuda".
+        networks: Those of the runs where they are in memory already; none: loaded from the run folders.
+
     Raises:
         RunError: the runs do not segment the same classes, or one of them is a pretraining.
     """
 
     def __init__(
-        self, runs: Sequence[Run], settings: PredictSettings | None = None, accelerator: str = "auto"
+        self,
+        runs: Sequence[Run],
+        settings: PredictSettings | None = None,
+        accelerator: str = "auto",
+        networks: Sequence[Network] | None = None,
     ) -> None:
         for run in runs:
             if is_pretraining(run):
@@ -63,8 +74,14 @@ class Segmenter:
         self.settings = settings or runs[0].config.predict
         self.device = torch.device(compute.choose_accelerator(accelerator))
         self.precision = compute.choose_precision(self.settings.precision, self.device.type)
-        self.members = [(self._load(run), run.plan, run.config) for run in runs]
+        loaded = networks or [run.network() for run in runs]
+        self.members = [
+            (self._place(network, run.path), run.plan, run.config)
+            for network, run in zip(loaded, runs, strict=True)
+        ]
         self.plan = runs[0].plan
+        temperatures = [run.temperature for run in runs] if self.settings.calibrate else [Temperature()]
+        self.temperature = average_temperatures(temperatures)
         compute.keep_freed_memory()
 
     def segment(self, image: Volume) -> Prediction:
@@ -81,12 +98,13 @@ class Segmenter:
             total = probabilities if total is None else total + probabilities
         assert total is not None
         mean = image.with_array(total / len(self.members))
-        return Prediction(self.plan.decide(mean), mean)
+        calibrated = self.temperature.apply(mean.array, bool(self.plan.regions))
+        # Decided before, so that calibration can change no voxel.
+        return Prediction(self.plan.decide(mean), image.with_array(calibrated))
 
-    def _load(self, run: Run) -> Network:
-        network = run.network()
+    def _place(self, network: Network, path: Path) -> Network:
         if self.settings.normalisation == "batch":
-            use_batch_statistics(network, run.path)
+            use_batch_statistics(network, path)
         return network.to(self.device, memory_format=network.memory_format)  # pyright: ignore[reportCallIssue]
 
     def predict_grid(self, image: Float[Tensor, "c *s"]) -> list[Float[Tensor, "k *s"]]:

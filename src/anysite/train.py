@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ import torch
 from lightning_fabric import Fabric
 
 from anysite import compute, registry, runs
+from anysite.calibrate import calibrate
 from anysite.config import Config, PretrainSettings, differing_settings
 from anysite.data.case import Dataset
 from anysite.errors import ConfigError, RunError
@@ -24,6 +26,7 @@ from anysite.loop import Progress, Training
 from anysite.networks import Network, encoder_tensors
 from anysite.patches import PatchSampler, PreparedCases
 from anysite.plan import Plan, learn_plan
+from anysite.segment import Segmenter
 from anysite.splits import Splits, split
 from anysite.transfer import transfer
 
@@ -158,6 +161,7 @@ def _fit(fabric: Fabric, job: _Job) -> None:
     training.run()
     if fabric.is_global_zero:
         now = time.monotonic()
+        calibration = _calibrate(training)
         facts = {
             "steps": training.steps,
             "seconds": round(now - job.started, 1),
@@ -165,8 +169,25 @@ def _fit(fabric: Fabric, job: _Job) -> None:
             "threads": threads,
             "encoder": sorted(encoder_tensors(training.learner.network)),
         }
-        runs.finish(job.output, training.learner.network, **facts)
+        runs.finish(job.output, training.learner.network, calibration, **facts)
     fabric.barrier()
+
+
+def _calibrate(training: Training) -> dict[str, Any] | None:
+    """Fit the temperature on held-out cases; none where there are none, or none is wanted."""
+    settings, held_out = training.config.calibration, training.held_out
+    if settings.kind == "none" or held_out.unlabelled or not held_out.cases:
+        return None
+    path, network = training.output, training.learner.network
+    run = runs.Run(path, training.config, training.plan, runs.read_splits(path), {})
+    # A copy, because predicting by batch statistics would change the network.
+    networks = [copy.deepcopy(network).eval()]
+    segmenter = Segmenter([run], accelerator=training.fabric.device.type, networks=networks)
+    calibration = calibrate(segmenter, held_out.cases_by_turns[: settings.cases], held_out, settings)
+    for case, error in calibration["failed"].items():
+        note = f"{case} is left out of the calibration: {error}"
+        training.on_progress(Progress(0, 0, math.nan, None, math.nan, note))
+    return calibration
 
 
 def _check_start(job: _Job, splits: Splits, network: Network) -> None:

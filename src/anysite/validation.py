@@ -16,7 +16,7 @@ OVERLAP = 0.25
 
 
 def prepare_validation(held_out: Dataset, plan: Plan, count: int) -> list[PreparedCase]:
-    """Bring up to `count` held-out cases onto the grid, the sites taking turns so that all are heard.
+    """Bring up to `count` held-out cases onto the grid, of all sites alike.
 
     None where labels are disregarded, for there is no Dice to measure.
 
@@ -25,10 +25,7 @@ def prepare_validation(held_out: Dataset, plan: Plan, count: int) -> list[Prepar
     """
     if held_out.unlabelled:
         return []
-    by_site = [[c for c in held_out.cases if c.domain == domain] for domain in held_out.domains]
-    longest = max((len(cases) for cases in by_site), default=0)
-    ordered = [cases[i] for i in range(longest) for cases in by_site if i < len(cases)]
-    return [prepare(case, held_out, plan, 0) for case in ordered[:count]]
+    return [prepare(case, held_out, plan, 0) for case in held_out.cases_by_turns[:count]]
 
 
 def validate(network: Network, cases: Sequence[PreparedCase], plan: Plan, batch_size: int) -> float:

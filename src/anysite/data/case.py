@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
@@ -95,6 +96,13 @@ class Dataset:
     def domains(self) -> tuple[str, ...]:
         """The sites, in the order of their first case."""
         return tuple(dict.fromkeys(case.domain for case in self.cases))
+
+    @property
+    def cases_by_turns(self) -> tuple[Case, ...]:
+        """The cases, their sites taking turns, so that any beginning of them holds all sites alike."""
+        by_site = [[case for case in self.cases if case.domain == domain] for domain in self.domains]
+        turns = itertools.zip_longest(*by_site)
+        return tuple(case for turn in turns for case in turn if case is not None)
 
     @property
     def labelled(self) -> tuple[Case, ...]:

@@ -1,0 +1,88 @@
+"""Fitting a run's temperature on held-out source patients, once it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from anysite.calibration import fit_temperature, score_calibration, select_band
+from anysite.config import CalibrationSettings
+from anysite.data.case import Case, Dataset
+from anysite.errors import AnysiteError, GeometryError
+from anysite.segment import Segmenter
+
+VOXELS_A_CASE = 20_000
+
+
+def calibrate(
+    segmenter: Segmenter, cases: Sequence[Case], dataset: Dataset, settings: CalibrationSettings
+) -> dict[str, Any]:
+    """Return what calibration.json holds: the temperature, what it was fitted on, and the error before and after.
+
+    A case that fails is left out and named. The errors are those of the
+    cases it was fitted on, so that they say whether it fits and not what it gains elsewhere.
+
+    Args:
+        segmenter: Of the run, not calibrated yet.
+        cases: Held-out cases with labels.
+        dataset: What they are of.
+        settings: How.
+    """
+    plan = segmenter.plan
+    overlapping = bool(plan.regions)
+    probabilities = [np.empty((plan.outputs, 0), np.float32)]
+    truths = [np.empty((plan.outputs, 0), bool)]
+    failed: dict[str, str] = {}
+    for case in cases:
+        try:
+            chances, truth = sample_voxels(segmenter, case, dataset)
+        except (AnysiteError, RuntimeError, MemoryError) as error:  # as in a batch of predictions
+            failed[case.id] = str(error).strip().splitlines()[0]
+            continue
+        probabilities.append(chances)
+        truths.append(truth)
+    chances, truth = np.concatenate(probabilities, 1), np.concatenate(truths, 1)
+    temperature = fit_temperature(
+        chances, truth, overlapping=overlapping, per_class=settings.kind == "per_class"
+    )
+    errors = {
+        when: score_calibration(p, truth, overlapping=overlapping, metrics=["ece"])["ece"]
+        for when, p in (("before", chances), ("after", temperature.apply(chances, overlapping)))
+    }
+    return {
+        "temperature": list(temperature.values),
+        "kind": settings.kind,
+        "cases": [case.id for case in cases if case.id not in failed],
+        "failed": failed,
+        "voxels": chances.shape[1],
+        "expected_calibration_error": errors,
+    }
+
+
+def sample_voxels(
+    segmenter: Segmenter, case: Case, dataset: Dataset
+) -> tuple[Float[np.ndarray, "k n"], Bool[np.ndarray, "k n"]]:
+    """Return the probabilities and the truth of up to 20,000 random voxels near anything predicted or true.
+
+    Raises:
+        DataError: the case cannot be read.
+        GeometryError: image and label do not lie on one grid.
+    """
+    prediction = segmenter.segment(case.image())
+    label = dataset.class_indices(case.label(), where=case.label_path)
+    if not label.same_grid(prediction.label):
+        raise GeometryError(
+            f"a label of shape {label.shape}", where=case.id, expected=f"{prediction.label.shape}"
+        )
+    band = select_band(prediction.label.array[0], label.array[0], label.spacing)
+    voxels = np.flatnonzero(band)
+    if len(voxels) > VOXELS_A_CASE:
+        voxels = np.random.default_rng(0).choice(voxels, VOXELS_A_CASE, replace=False)
+    chances = prediction.probabilities.array
+    return (
+        chances.reshape(len(chances), -1)[:, voxels],
+        segmenter.plan.as_maps(label.array[0].ravel()[voxels]),
+    )

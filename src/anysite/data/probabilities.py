@@ -1,0 +1,38 @@
+"""Probabilities beside a mask: one compressed array a case, as nnU-Net writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from anysite import atomic
+from anysite.data.volume import Volume
+from anysite.errors import FileFormatError
+
+
+def write_probabilities(probabilities: Volume, path: Path) -> None:
+    """Write `(K, *S)` probabilities as `.npz` with the array "probabilities", atomically.
+
+    Raises:
+        FileFormatError: the file cannot be written.
+    """
+    try:
+        with atomic.replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, probabilities=probabilities.array.astype(np.float16))
+    except OSError as error:
+        raise FileFormatError(f"cannot be written ({error.strerror})", where=path) from error
+
+
+def read_probabilities(path: Path) -> Float[np.ndarray, "k *s"]:
+    """Read what `write_probabilities` wrote, in float32.
+
+    Raises:
+        FileFormatError: the file is missing or holds something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return content["probabilities"].astype(np.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise FileFormatError(f"not readable as probabilities ({error})", where=path) from error

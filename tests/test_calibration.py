@@ -1,0 +1,274 @@
+"""Calibration against a slow oracle, closed forms, and the promise that no voxel changes."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import special
+
+from anysite import atomic, runs
+from anysite.calibrate import calibrate
+from anysite.calibration import (
+    CALIBRATION_METRICS,
+    Temperature,
+    average_temperatures,
+    fit_temperature,
+    score_calibration,
+    select_band,
+)
+from anysite.config import CalibrationSettings
+from anysite.data import files
+from anysite.data.case import Dataset
+from anysite.data.probabilities import read_probabilities
+from anysite.errors import RunError
+from anysite.evaluate import ALL_CLASSES, evaluate
+from anysite.predict import predict
+from anysite.runs import Run
+from anysite.segment import Segmenter
+from anysite.train import train
+from conftest import small_config
+
+
+def draw(seed: int, classes: int, voxels: int, overlapping: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return probabilities of a network that is right about as often as it says, and the truth."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 2, (classes, voxels))
+    if overlapping:
+        probabilities = special.expit(logits)
+        return probabilities, rng.random(probabilities.shape) < probabilities
+    probabilities = special.softmax(logits, axis=0)
+    drawn = (probabilities.cumsum(0) > rng.random(voxels)).argmax(0)
+    return probabilities, np.arange(classes)[:, None] == drawn
+
+
+def oracle(probabilities: np.ndarray, truth: np.ndarray, overlapping: bool) -> dict[str, float]:
+    """Voxel by voxel, bin by bin."""
+    answers: list[tuple[float, float]] = []
+    brier = nll = 0.0
+    questions = 0
+    for voxel in range(probabilities.shape[1]):
+        column, true = probabilities[:, voxel].tolist(), truth[:, voxel].tolist()
+        if overlapping:
+            for p, t in zip(column, true, strict=True):
+                answers.append((max(p, 1 - p), float((p > 0.5) == t)))
+                brier += (p - t) ** 2
+                nll -= math.log(p if t else 1 - p)
+                questions += 1
+        else:
+            best = max(range(len(column)), key=lambda k: column[k])
+            answers.append((column[best], float(true[best])))
+            brier += sum((p - t) ** 2 for p, t in zip(column, true, strict=True))
+            nll -= math.log(column[true.index(True)])
+            questions += 1
+    ece, mce = 0.0, 0.0
+    for b in range(15):
+        inside = [(c, r) for c, r in answers if b / 15 < c <= (b + 1) / 15]
+        if inside:
+            distance = abs(sum(r for _, r in inside) - sum(c for c, _ in inside)) / len(inside)
+            ece += distance * len(inside) / len(answers)
+            mce = max(mce, distance)
+    answers.sort(key=lambda answer: answer[0])
+    sizes = [len(answers) // 15 + (b < len(answers) % 15) for b in range(15)]
+    ace, begin = 0.0, 0
+    for size in sizes:
+        part = answers[begin : begin + size]
+        begin += size
+        if part:
+            ace += abs(sum(r for _, r in part) - sum(c for c, _ in part)) / len(answers)
+    return {"ece": ece, "ace": ace, "mce": mce, "brier": brier / questions, "nll": nll / questions}
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+@pytest.mark.parametrize(("classes", "voxels"), [(2, 500), (5, 501), (3, 7)])
+def test_every_metric_equals_the_oracle(classes: int, voxels: int, overlapping: bool) -> None:
+    probabilities, truth = draw(0, classes, voxels, overlapping)
+    scores = score_calibration(probabilities, truth, overlapping=overlapping)
+    assert list(scores) == list(CALIBRATION_METRICS)
+    for metric, expected in oracle(probabilities, truth, overlapping).items():
+        assert scores[metric] == pytest.approx(expected, abs=1e-10), metric
+
+
+def test_only_the_metrics_asked_for_and_none_without_voxels() -> None:
+    probabilities, truth = draw(0, 3, 50, False)
+    assert list(score_calibration(probabilities, truth, overlapping=False, metrics=["nll"])) == ["nll"]
+    empty = score_calibration(probabilities[:, :0], truth[:, :0], overlapping=False)
+    assert empty == dict.fromkeys(CALIBRATION_METRICS)
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+@pytest.mark.parametrize("sharpened", [0.4, 1.0, 3.0])
+def test_the_temperature_that_was_taken_away_is_found(sharpened: float, overlapping: bool) -> None:
+    """Probabilities that are right by construction, sharpened by a known factor."""
+    probabilities, truth = draw(1, 4, 60_000, overlapping)
+    wrong = Temperature((1 / sharpened,)).apply(probabilities, overlapping)
+    fitted = fit_temperature(wrong, truth, overlapping=overlapping)
+    assert fitted.values[0] == pytest.approx(sharpened, rel=0.03)
+    mended = fitted.apply(wrong, overlapping)
+    np.testing.assert_allclose(mended, probabilities, atol=0.02)
+    if sharpened != 1.0:
+        before, after = (score_calibration(p, truth, overlapping=overlapping)["ece"] for p in (wrong, mended))
+        assert before is not None
+        assert after is not None
+        assert after < 0.2 * before
+
+
+def test_every_class_may_have_a_temperature_of_its_own() -> None:
+    probabilities, truth = draw(2, 3, 90_000, False)
+    likeliest = probabilities.argmax(0)
+    wrong = Temperature((0.5, 1.0, 2.0)).apply(probabilities, False)
+    assert (wrong.argmax(0) == likeliest).all()
+    fitted = fit_temperature(wrong, truth, overlapping=False, per_class=True)
+    np.testing.assert_allclose(fitted.values, (2.0, 1.0, 0.5), rtol=0.08)
+    scarce = fit_temperature(wrong, truth, overlapping=False, per_class=True, least_voxels=10**6)
+    assert len(set(scarce.values)) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    values=st.lists(st.floats(0.05, 20), min_size=3, max_size=3),
+    overlapping=st.booleans(),
+    each=st.booleans(),
+)
+def test_no_voxel_changes_and_probabilities_stay_so(
+    seed: int, values: list[float], overlapping: bool, each: bool
+) -> None:
+    probabilities, _ = draw(seed, 3, 200, overlapping)
+    temperature = Temperature(tuple(values) if each else (values[0],))
+    calibrated = temperature.apply(probabilities, overlapping)
+    assert calibrated.shape == probabilities.shape
+    assert ((calibrated >= 0) & (calibrated <= 1)).all()
+    if overlapping:
+        assert ((calibrated > 0.5) == (probabilities > 0.5)).all()
+    else:
+        assert (calibrated.argmax(0) == probabilities.argmax(0)).all()
+        np.testing.assert_allclose(calibrated.sum(0), 1)
+
+
+def test_a_certain_network_stays_finite() -> None:
+    certain = np.array([[1.0, 0.0], [0.0, 1.0]])
+    for overlapping in (False, True):
+        assert np.isfinite(Temperature((0.05,)).apply(certain, overlapping)).all()
+        scores = score_calibration(certain, certain < 0.5, overlapping=overlapping)
+        assert all(value is not None and math.isfinite(value) for value in scores.values())
+    assert fit_temperature(certain[:, :0], certain[:, :0] > 0, overlapping=False).values == (1.0,)
+
+
+def test_the_band_reaches_equally_far_in_length_on_every_axis() -> None:
+    label = np.zeros((9, 41), int)
+    truth = label.copy()
+    truth[4, 20] = 1
+    band = select_band(label, truth, (4.0, 1.0))
+    assert band[4].sum() == 11
+    assert band[:, 20].sum() == 3  # four units are one row
+    assert not select_band(label, label, (1.0, 1.0)).any()
+
+
+@pytest.fixture(scope="module")
+def run(phantom: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    settings = small_config("test_domains=['west']", "train.learning_rate=0.01", "calibration.kind=per_class")
+    return train(phantom, settings, tmp_path_factory.mktemp("runs") / "run")
+
+
+def test_a_training_fits_the_temperature_on_held_out_patients_alone(phantom: Dataset, run: Run) -> None:
+    facts = atomic.read_json(run.path / runs.CALIBRATION)
+    assert set(facts["cases"]) <= set(run.splits["held_out"])
+    assert {phantom_case.domain for phantom_case in phantom.cases if phantom_case.id in facts["cases"]} == {
+        "north",
+        "east",
+    }
+    assert facts["voxels"] > 0
+    assert facts["expected_calibration_error"]["after"] <= facts["expected_calibration_error"]["before"]
+    assert run.temperature.values == tuple(facts["temperature"])
+    assert len(run.temperature.values) == len(run.plan.classes)
+
+
+def test_prediction_is_calibrated_by_default_and_no_voxel_changes(phantom: Dataset, run: Run) -> None:
+    plain = run.config.predict.model_copy(update={"calibrate": False})
+    hotter = replace(run, temperature=Temperature((3.0,)))
+    changed = 0
+    for case in phantom.cases:
+        raw, calibrated = (Segmenter([r], s).segment(case.image()) for r, s in ((run, plain), (hotter, None)))
+        np.testing.assert_array_equal(raw.label.array, calibrated.label.array)
+        chances = raw.probabilities.array
+        np.testing.assert_array_equal(
+            calibrated.probabilities.array, hotter.temperature.apply(chances, overlapping=False)
+        )
+        changed += not np.allclose(chances, calibrated.probabilities.array, atol=1e-3)
+    assert changed == len(phantom.cases)
+
+
+def test_an_ensemble_takes_the_geometric_mean() -> None:
+    one, other = Temperature((2.0,)), Temperature((0.5, 2.0, 8.0))
+    np.testing.assert_allclose(average_temperatures([one, other]).values, (1.0, 2.0, 4.0))
+
+
+def test_an_altered_calibration_is_noticed(run: Run, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(run.path, tmp_path / "run"))
+    facts = atomic.read_json(copied / runs.CALIBRATION)
+    atomic.write_json(copied / runs.CALIBRATION, facts | {"temperature": [9.0]})
+    with pytest.raises(
+        RunError, match=r"altered since training.*calibration\.json|calibration\.json.*altered"
+    ):
+        runs.open_run(copied)
+    (copied / runs.CALIBRATION).unlink()
+    with pytest.raises(RunError, match="no such file"):
+        runs.open_run(copied)
+    for wrong in ([], [0.0], "hot", [1.0, "2"]):
+        atomic.write_json(copied / runs.CALIBRATION, {"temperature": wrong})
+        with pytest.raises(RunError, match="temperature"):
+            runs.read_temperature(copied)
+
+
+@pytest.mark.parametrize("setting", ["calibration.kind=none", "train.validation_fraction=0"])
+def test_without_held_out_patients_or_wish_there_is_no_temperature(
+    phantom: Dataset, tmp_path: Path, setting: str
+) -> None:
+    run = train(phantom, small_config("train.steps=1", setting), tmp_path / "run")
+    assert not (run.path / runs.CALIBRATION).exists()
+    assert run.temperature == Temperature()
+
+
+def test_a_case_that_cannot_be_read_is_named_and_costs_no_training(phantom: Dataset, run: Run) -> None:
+    broken = replace(phantom.cases[0], id="broken", image_paths=(Path("nowhere.png"),))
+    facts = calibrate(
+        Segmenter([run]), [broken, phantom.cases[1]], phantom, CalibrationSettings(kind="global")
+    )
+    assert list(facts["failed"]) == ["broken"]
+    assert facts["cases"] == [phantom.cases[1].id]
+    assert calibrate(Segmenter([run]), [broken], phantom, CalibrationSettings())["temperature"] == [1.0]
+
+
+def test_evaluation_scores_saved_probabilities_apart_from_classes(
+    phantom: Dataset, run: Run, tmp_path: Path
+) -> None:
+    cases = [case for case in phantom.cases if case.domain == "west"]
+    list(predict([run], cases, tmp_path, save_probabilities=True, dataset=phantom))
+    result = evaluate(tmp_path, phantom)
+    rows = [row for row in result.rows if row["class"] == ALL_CLASSES]
+    assert {row["metric"] for row in rows} == set(CALIBRATION_METRICS)
+    assert len(rows) == len(CALIBRATION_METRICS) * len(cases)
+    case = cases[0]
+    probabilities = read_probabilities(tmp_path / f"{case.id}.npz")
+    label = phantom.class_indices(case.label())
+    mask = files.read_label(tmp_path / f"{case.id}.png")
+    band = select_band(mask.array[0], label.array[0], label.spacing)
+    truth = run.plan.as_maps(label.array[0][band])
+    expected = oracle(probabilities[:, band].astype(float).clip(1e-12), truth, overlapping=False)
+    for row in rows:
+        if row["case"] == case.id:
+            assert row["value"] == pytest.approx(expected[row["metric"]], abs=1e-5)
+    summary = atomic.read_json(tmp_path / "summary.json")
+    assert set(summary["calibration"]) == set(CALIBRATION_METRICS)
+    assert ALL_CLASSES not in summary["mean"]
+    assert "ece" not in summary["foreground_mean"]
+    damaged = tmp_path / f"{case.id}.npz"
+    np.savez_compressed(damaged, probabilities=probabilities[:, :-1])
+    assert case.id in evaluate(tmp_path, phantom).failed
