@@ -14,6 +14,7 @@ import pytest
 
 from anysite import registry
 from anysite.config import load
+from anysite.detectors import Detector
 from anysite.errors import ConfigError
 from anysite.learner import build_network
 from anysite.networks import Network
@@ -21,7 +22,7 @@ from anysite.objectives import Objective
 from anysite.plan import Normalisation, Plan
 
 REGISTERED = [(kind, name) for kind, table in registry.TABLES.items() for name in table]
-BASES = {"network": Network, "objective": Objective}
+BASES = {"network": Network, "objective": Objective, "detector": Detector}
 PLUGIN = "site_plugin:Plain"
 PLUGIN_SOURCE = """
 from anysite.networks.unet import UNet

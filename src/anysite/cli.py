@@ -6,6 +6,7 @@ import math
 import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
@@ -17,6 +18,7 @@ from anysite.errors import AnysiteError, BatchError, ConfigError, DataError, Fil
 if TYPE_CHECKING:
     from anysite.config import Config
     from anysite.data.case import Dataset
+    from anysite.predict import CaseOutcome
 
 # Click's UsageError, which Typer brings along under a name of its own.
 UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
@@ -126,7 +128,10 @@ def demo(
     console.say(f"\n2. anysite train {data} --output {run} --test-domain west --budget {budget} --resume")
     train(data, run, test_domain=["west"], budget=budget, seed=seed, resume=True)
     console.say(f"\n3. anysite predict {run} {data} --output {masks}")
-    predict([run, data], masks)
+    try:
+        predict([run, data], masks)
+    except BatchError as error:  # the judge at work
+        console.complain(error)
     console.say(f"\n4. anysite evaluate {masks} {data}")
     evaluate(masks, data)
     console.say(f"\n5. anysite report {masks} --output {page}")
@@ -275,22 +280,29 @@ def predict(
         if left_out := len(dataset.cases) - len(cases):
             console.say(f"{left_out} cases were trained on and are left out (--include-training keeps them)")
     share = prediction.select_part(cases, part)
-    count: dict[str, int] = {"done": 0, "skipped": 0, "failed": 0}
+    outcomes: list[CaseOutcome] = []
     with console.case_bar(len(share), "predicting") as advance:
         for outcome in prediction.predict(
             opened, cases, output, flips=flips, calibrate=calibrate, save_probabilities=save_probabilities, part=part,
             dataset=dataset, sites_known=sites_known, accelerator=accelerator,
         ):  # fmt: skip
-            count[outcome.status] += 1
+            outcomes.append(outcome)
             advance(outcome)
+    count = Counter(outcome.status for outcome in outcomes)
     console.say(
         f"{count['done']} masks written to {output}, {count['skipped']} were there already, "
         f"{count['failed']} cases failed"
     )
+    console.show_verdicts(outcomes, output)
     if count["failed"]:
         raise BatchError(
             f"{count['failed']} of {len(share)} cases failed",
             fix=f"the reasons are above and in {prediction.manifest_path(output, part)}",
+        )
+    if rejected := sum(outcome.verdict == "reject" for outcome in outcomes):
+        raise BatchError(
+            f"{rejected} of {len(share)} masks were rejected",
+            fix=f"the reasons are in {output / prediction.VERDICTS}; all masks are written",
         )
 
 

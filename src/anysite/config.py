@@ -204,6 +204,19 @@ class CalibrationSettings(Settings):
     cases: int = Field(default=10, gt=0, description="held-out cases it is fitted on at most")
 
 
+class JudgeSettings(Settings):
+    """What the verdict on a mask rests on; learned at the end of a training from source patients alone."""
+
+    detectors: dict[str, dict[str, Any]] = Field(
+        default_factory=lambda: {"histogram": {}, "spectral": {}, "entropy": {}},
+        description="detector name to its settings; empty: no verdicts",
+    )
+    cases: int = Field(default=30, gt=1, description="training cases kept as references at most")
+    false_alarms: float = Field(
+        default=0.05, gt=0, lt=1, description="share of images like those of training that is sent to review"
+    )
+
+
 class PretrainSettings(Settings):
     """A pretraining on the images of the training sites, before the training and by the same plan."""
 
@@ -234,6 +247,7 @@ class Config(Settings):
     train: TrainSettings = TrainSettings()
     predict: PredictSettings = PredictSettings()
     calibration: CalibrationSettings = CalibrationSettings()
+    judge: JudgeSettings = JudgeSettings()
 
 
 def preset_names() -> list[str]:

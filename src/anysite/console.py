@@ -17,6 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from anysite.benchmark import JobOutcome
     from anysite.data.check import Inspection
     from anysite.evaluate import Evaluation
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from anysite.statistics import Estimate
 
 output = Console(highlight=False)
+NAMED = 8  # cases in one line
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -145,6 +148,23 @@ def case_bar(total: int, verb: str) -> Iterator[Any]:
             bar.advance(task)
 
         yield advance
+
+
+def show_verdicts(outcomes: Sequence[CaseOutcome], folder: Path) -> None:
+    """Print how many masks may be used, and which may not."""
+    judged = [outcome for outcome in outcomes if outcome.verdict]
+    if not judged:
+        return
+    count = Counter(outcome.verdict for outcome in judged)
+    say(
+        f"verdicts: {count['accept']} accept, {count['review']} review, {count['reject']} reject; "
+        f"the reasons are in {folder / 'verdicts.json'}"
+    )
+    for decision in ("reject", "review"):
+        named = [outcome.case.id for outcome in judged if outcome.verdict == decision]
+        if named:
+            more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+            say(f"  {decision}: {', '.join(named[:NAMED])}{more}")
 
 
 def show_evaluation(evaluation: Evaluation) -> None:

@@ -62,6 +62,7 @@ class Training:
     plan: Plan
     learner: Learner
     sampler: PatchSampler
+    trained_on: Dataset
     held_out: Dataset
     output: Path
     data: str

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from anysite import __version__, runs
+from anysite import __version__, atomic, runs
 from anysite.data import files
 from anysite.data.case import Case, Dataset
 from anysite.data.layouts import find_cases, open_dataset, open_images
 from anysite.data.probabilities import read_probabilities, write_probabilities
-from anysite.errors import AnysiteError, ConfigError, DataError
+from anysite.errors import AnysiteError, ConfigError, DataError, FileFormatError
 from anysite.manifest import (
     Manifest,
     describe_case,
@@ -28,6 +30,8 @@ from anysite.plan import Plan
 from anysite.runs import Run
 from anysite.segment import Prediction, Segmenter
 
+VERDICTS = "verdicts.json"
+
 __all__ = [
     "CaseOutcome",
     "manifest_path",
@@ -38,17 +42,23 @@ __all__ = [
     "select_part",
     "split_of",
     "write_probabilities",
+    "write_verdicts",
 ]
 
 
 @dataclass(frozen=True)
 class CaseOutcome:
-    """What became of one case: "done", "failed" with an error text, or "skipped" as done before."""
+    """What became of one case: "done", "failed" with an error text, or "skipped" as done before.
+
+    Attributes:
+        verdict: On the mask of a case that is done or was, "" where no run judges.
+    """
 
     case: Case
     status: str
     seconds: float = 0.0
     error: str = ""
+    verdict: str = ""
 
 
 def select_part(cases: Sequence[Case], part: str) -> tuple[Case, ...]:
@@ -132,7 +142,7 @@ def predict(
     settings = settings.model_copy(update={name: value for name, value in asked.items() if value is not None})
     origin = {
         "runs": [
-            [run.manifest["files"].get(name) for name in (runs.WEIGHTS, runs.CALIBRATION)]
+            [run.manifest["files"].get(name) for name in (runs.WEIGHTS, runs.CALIBRATION, runs.JUDGE)]
             for run in run_folders
         ],
         "settings": settings.model_dump(),
@@ -150,11 +160,41 @@ def predict(
     segmenter: Segmenter | None = None
     for case in share:
         if manifest.is_done(case, save_probabilities):
-            yield CaseOutcome(case, "skipped")
+            yield CaseOutcome(case, "skipped", verdict=_decision_of(manifest.cases[case.id]))
             continue
         segmenter = segmenter or Segmenter(run_folders, settings, accelerator)
         split = split_of(case, run_folders, sites_known)
         yield _attempt_case(segmenter, case, split, manifest, save_probabilities)
+    write_verdicts(output)
+
+
+def write_verdicts(folder: Path) -> None:
+    """Write the verdicts of all parts of a prediction folder as verdicts.json and verdicts.csv.
+
+    Raises:
+        FileFormatError: they cannot be written.
+    """
+    entries = read_manifests(folder)["cases"]
+    cases = {name: entry["verdict"] for name, entry in sorted(entries.items()) if entry.get("verdict")}
+    if not cases:
+        return
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for verdict in cases.values() for name in verdict["scores"]))
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["case", "verdict", "reasons", *names])
+    for case, verdict in cases.items():
+        values = [verdict["scores"].get(name) for name in names]
+        scores = ["" if value is None else f"{value:.3f}" for value in values]
+        table.writerow([case, verdict["decision"], "; ".join(verdict["reasons"]), *scores])
+    shown = {
+        case: {"verdict": v["decision"], "reasons": list(v["reasons"]), "scores": v["scores"]}
+        for case, v in cases.items()
+    }
+    try:
+        atomic.write_json(folder / VERDICTS, {"cases": shown})
+        atomic.write_text((folder / VERDICTS).with_suffix(".csv"), text.getvalue())
+    except OSError as error:
+        raise FileFormatError(f"cannot be written ({error.strerror})", where=folder / VERDICTS) from error
 
 
 def _attempt_case(
@@ -176,7 +216,8 @@ def _attempt_case(
     seconds = time.monotonic() - began
     manifest.cases[case.id] = entry | {"seconds": round(seconds, 3)}
     manifest.write()
-    return CaseOutcome(case, "failed" if error else "done", seconds, error)
+    verdict = _decision_of(manifest.cases[case.id])
+    return CaseOutcome(case, "failed" if error else "done", seconds, error, verdict)
 
 
 def _predict_case(
@@ -191,8 +232,20 @@ def _predict_case(
         manifest.add_file(probabilities)
     else:
         manifest.remove_files([probabilities])  # of another mask
+    verdict = asdict(prediction.verdict) if prediction.verdict else None
     images = image_digests(case)
-    return {"status": "done", "mask": mask, "sha256": digest, "image_sha256": images, "error": None}
+    return {
+        "verdict": verdict,
+        "status": "done",
+        "mask": mask,
+        "sha256": digest,
+        "image_sha256": images,
+        "error": None,
+    }
+
+
+def _decision_of(entry: dict[str, Any]) -> str:
+    return (entry.get("verdict") or {}).get("decision", "")
 
 
 def _role_of(case: Case, run: Run) -> str:

@@ -33,7 +33,15 @@ OBJECTIVES = {
     "masked_autoencoder": "anysite.objectives.masked_autoencoder:MaskedAutoencoder",
 }
 
-TABLES = {"network": NETWORKS, "objective": OBJECTIVES}
+DETECTORS = {
+    "spectral": "anysite.detectors.spectral:Spectral",
+    "histogram": "anysite.detectors.histogram:Histogram",
+    "mahalanobis": "anysite.detectors.mahalanobis:Mahalanobis",
+    "nearest": "anysite.detectors.nearest:Nearest",
+    "entropy": "anysite.detectors.entropy:Entropy",
+}
+
+TABLES = {"network": NETWORKS, "objective": OBJECTIVES, "detector": DETECTORS}
 
 _plugins: set[str] = set()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -26,13 +27,14 @@ from torch import Tensor
 from anysite import __version__, atomic, config
 from anysite.calibration import Temperature
 from anysite.errors import AnysiteError, ConfigError, RunError
+from anysite.judge import Judge
 from anysite.learner import build_network
 from anysite.networks import Network
 from anysite.plan import Plan
 
 CONFIG, PLAN, SPLITS, WEIGHTS = "config.json", "plan.json", "splits.json", "weights.safetensors"
 CHECKPOINT, MANIFEST, LOG = "checkpoint.safetensors", "run.json", "log.jsonl"
-CALIBRATION = "calibration.json"
+CALIBRATION, JUDGE = "calibration.json", "judge.safetensors"
 SEALED = (CONFIG, PLAN, SPLITS, WEIGHTS)
 VERSIONED = ("torch", "monai", "lightning-fabric", "numpy", "nibabel", "scipy")
 
@@ -44,6 +46,7 @@ class Run:
     Attributes:
         splits: Case ids by role: "training", "held_out" (source patients not trained on), "test".
         temperature: Of its probabilities, from the held-out patients.
+        judge: Of its masks; none where none was wanted, or nothing could be learned from.
     """
 
     path: Path
@@ -52,6 +55,7 @@ class Run:
     splits: dict[str, list[str]]
     manifest: dict[str, Any]
     temperature: Temperature = Temperature()
+    judge: Judge | None = None
 
     def network(self) -> Network:
         """Build the network and load its weights.
@@ -105,6 +109,7 @@ def open_run(path: Path) -> Run:
         read_splits(path),
         manifest,
         read_temperature(path) if CALIBRATION in manifest["files"] else Temperature(),
+        read_judge(path) if JUDGE in manifest["files"] else None,
     )
 
 
@@ -177,6 +182,21 @@ def read_temperature(path: Path) -> Temperature:
     return Temperature(tuple(map(float, values)))
 
 
+def read_judge(path: Path) -> Judge:
+    """Read a run folder's judge.
+
+    Raises:
+        RunError: it does not fit the configuration.
+    """
+    tensors, facts = load_tensors(path / JUDGE)
+    try:
+        judge = Judge(read_config(path).judge)
+        judge.recall({name: tensor.numpy() for name, tensor in tensors.items()}, facts)
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"not a judge of this configuration ({error})", where=path / JUDGE) from None
+    return judge
+
+
 def start(
     path: Path, settings: config.Config, plan: Plan, splits: dict[str, list[str]], **facts: Any
 ) -> None:
@@ -195,14 +215,24 @@ def note(path: Path, **facts: Any) -> None:
     atomic.write_json(path / MANIFEST, read_manifest(path) | facts)
 
 
-def finish(path: Path, network: Network, calibration: Mapping[str, Any] | None = None, **facts: Any) -> None:
-    """Write weights and calibration and seal the folder: a digest of every file that prediction relies on."""
+def finish(
+    path: Path,
+    network: Network,
+    calibration: Mapping[str, Any] | None = None,
+    judge: Judge | None = None,
+    **facts: Any,
+) -> None:
+    """Write weights, calibration and judge and seal the folder: a digest of every file that prediction relies on."""
     save_tensors(path / WEIGHTS, network.state_dict())
     if calibration is not None:
         atomic.write_json(path / CALIBRATION, dict(calibration))
+    if judge is not None:
+        arrays, learned = judge.memory()
+        save_tensors(path / JUDGE, {name: torch.from_numpy(a.copy()) for name, a in arrays.items()}, learned)
     manifest = {k: v for k, v in read_manifest(path).items() if k != "files"}
     manifest.update(facts, finished=True, finished_at=now(), versions=versions(), commit=commit())
-    names = (*SEALED, *([CALIBRATION] if calibration is not None else []))
+    names = [*SEALED]
+    names += [name for name, part in ((CALIBRATION, calibration), (JUDGE, judge)) if part is not None]
     manifest["files"] = {name: atomic.sha256(path / name) for name in names}
     atomic.write_json(path / MANIFEST, manifest)
     (path / CHECKPOINT).unlink(missing_ok=True)

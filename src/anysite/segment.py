@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,15 @@ from anysite import compute
 from anysite.calibration import Temperature, average_temperatures
 from anysite.config import Config, PredictSettings
 from anysite.data.volume import Volume
+from anysite.detectors import Layer, Output, add_layers
 from anysite.errors import ConfigError, RunError
+from anysite.judge import Verdict, average_verdicts
 from anysite.networks import Network
 from anysite.patches import slide
 from anysite.plan import Plan
 from anysite.runs import Run, is_pretraining
+
+POSITIONS = 4096  # of a window that a layer's sums are taken over
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +35,12 @@ class Prediction:
     Attributes:
         label: Class indices `(1, *S)` on the image's own grid.
         probabilities: One map a class or region `(K, *S)` on the same grid, calibrated unless switched off.
+        verdict: What to do with the label; none where no run has a judge.
     """
 
     label: Volume
     probabilities: Volume
+    verdict: Verdict | None
 
 
 class Segmenter:
@@ -76,9 +83,16 @@ class Segmenter:
         self.precision = compute.choose_precision(self.settings.precision, self.device.type)
         loaded = networks or [run.network() for run in runs]
         self.members = [
-            (self._place(network, run.path), run.plan, run.config)
+            _Member(self._place(network, run.path), run.plan, run.config)
             for network, run in zip(loaded, runs, strict=True)
         ]
+        self.judges = [run.judge for run in runs]
+        self.reasons = {
+            name: detector.reason
+            for judge in self.judges
+            if judge
+            for name, detector in judge.detectors.items()
+        }
         self.plan = runs[0].plan
         temperatures = [run.temperature for run in runs] if self.settings.calibrate else [Temperature()]
         self.temperature = average_temperatures(temperatures)
@@ -91,16 +105,29 @@ class Segmenter:
             GeometryError: the image has other channels or spatial axes than the training cases had.
         """
         total: np.ndarray | None = None
-        for network, plan, config in self.members:
-            probabilities = plan.from_grid(
-                self._predict(plan.to_grid(image), network, plan, config), image
-            ).array
+        verdicts: list[Verdict] = []
+        for member, judge in zip(self.members, self.judges, strict=True):
+            output = self._predict(member.plan.to_grid(image), member, watch=judge is not None)
+            if judge is not None:
+                verdicts.append(judge.judge(output))
+            probabilities = member.plan.from_grid(torch.from_numpy(output.probabilities), image).array
             total = probabilities if total is None else total + probabilities
         assert total is not None
         mean = image.with_array(total / len(self.members))
         calibrated = self.temperature.apply(mean.array, bool(self.plan.regions))
         # Decided before, so that calibration can change no voxel.
-        return Prediction(self.plan.decide(mean), image.with_array(calibrated))
+        verdict = average_verdicts(verdicts, self.reasons) if verdicts else None
+        return Prediction(self.plan.decide(mean), image.with_array(calibrated), verdict)
+
+    def observe(self, image: Volume, flips: bool | None = None) -> Output:
+        """Return what an image makes of the first run's network, on its plan's grid.
+
+        Args:
+            image: On its own grid.
+            flips: Whether to average over mirrored views; none: as prediction does.
+        """
+        member = self.members[0]
+        return self._predict(member.plan.to_grid(image), member, watch=True, flips=flips)
 
     def _place(self, network: Network, path: Path) -> Network:
         if self.settings.normalisation == "batch":
@@ -109,26 +136,53 @@ class Segmenter:
 
     def predict_grid(self, image: Float[Tensor, "c *s"]) -> list[Float[Tensor, "k *s"]]:
         """Return each member's probabilities for an image that lies on its plan's grid already."""
-        return [self._predict(image, network, plan, config) for network, plan, config in self.members]
+        outputs = [self._predict(image, member, watch=False) for member in self.members]
+        return [torch.from_numpy(output.probabilities) for output in outputs]
 
     def _predict(
-        self, image: Float[Tensor, "c *s"], network: Network, plan: Plan, config: Config
-    ) -> Float[Tensor, "k *s"]:
-        flips = flip_combinations(plan, config) if self.settings.flips else [()]
+        self, image: Float[Tensor, "c *s"], member: _Member, *, watch: bool, flips: bool | None = None
+    ) -> Output:
+        """Return the merged probabilities of all windows, and with `watch` the sums over the encoder's layers."""
+        network, plan = member.network, member.plan
+        mirrored = self.settings.flips if flips is None else flips
+        sets = flip_combinations(plan, member.config) if mirrored else [()]
+        layers: tuple[Layer, ...] = ()
 
         def predict(windows: Tensor) -> Tensor:
+            nonlocal layers
             windows = windows.contiguous(memory_format=network.memory_format)
-            views = [
-                torch.flip(plan.as_probabilities(network(torch.flip(windows, axes)).float()), axes)
-                for axes in flips
-            ]
+            views = []
+            for axes in sets:
+                features = network.encode(torch.flip(windows, axes))
+                if watch and not axes:
+                    layers = add_layers(layers, [sum_layer(feature) for feature in features])
+                views.append(torch.flip(plan.as_probabilities(network.decode(features).float()), axes))
             return torch.stack(views).mean(0) if len(views) > 1 else views[0]
 
         bf16 = self.precision == "bf16-mixed"
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            return slide(
+            probabilities = slide(
                 image.to(self.device), predict, plan, self.settings.overlap, self.settings.batch_size
             )
+        return Output(image.cpu().numpy(), probabilities.cpu().numpy(), bool(plan.regions), layers)
+
+
+@dataclass(frozen=True, eq=False)
+class _Member:
+    network: Network
+    plan: Plan
+    config: Config
+
+
+def sum_layer(features: Float[Tensor, "b w *t"]) -> Layer:
+    """Return the sums over a layer's positions, of a regular grid of at most 4,096 an image."""
+    step = max(1, math.ceil((math.prod(features.shape[2:]) / POSITIONS) ** (1 / (features.ndim - 2))))
+    places = (slice(None), slice(None), *[slice(None, None, step)] * (features.ndim - 2))
+    positions = features[places].movedim(1, -1).flatten(0, -2)
+    with torch.autocast(features.device.type, enabled=False):
+        positions = positions.float()
+        gram, total = positions.T @ positions, positions.sum(0)
+    return Layer(len(positions), total.double().cpu().numpy(), gram.double().cpu().numpy())
 
 
 def use_batch_statistics(network: nn.Module, where: Path) -> None:

@@ -21,11 +21,13 @@ from anysite.calibrate import calibrate
 from anysite.config import Config, PretrainSettings, differing_settings
 from anysite.data.case import Dataset
 from anysite.errors import ConfigError, RunError
+from anysite.judge import Judge
 from anysite.learner import build_learner, needs_labels
 from anysite.loop import Progress, Training
 from anysite.networks import Network, encoder_tensors
 from anysite.patches import PatchSampler, PreparedCases
 from anysite.plan import Plan, learn_plan
+from anysite.references import learn_references
 from anysite.segment import Segmenter
 from anysite.splits import Splits, split
 from anysite.transfer import transfer
@@ -113,6 +115,7 @@ def _start(job: _Job) -> None:
     domains = splits.training.domains
     learner = build_learner(job.config, plan, domains)  # so that a wrong setting leaves no run folder behind
     _check_start(job, splits, learner.network)
+    Judge(job.config.judge)  # as above
     facts = {
         "kind": "pretraining" if job.dataset.unlabelled else "segmentation",
         "dataset": job.dataset.name,
@@ -161,7 +164,7 @@ def _fit(fabric: Fabric, job: _Job) -> None:
     training.run()
     if fabric.is_global_zero:
         now = time.monotonic()
-        calibration = _calibrate(training)
+        calibration, judge = _learn_to_judge(training)
         facts = {
             "steps": training.steps,
             "seconds": round(now - job.started, 1),
@@ -169,25 +172,33 @@ def _fit(fabric: Fabric, job: _Job) -> None:
             "threads": threads,
             "encoder": sorted(encoder_tensors(training.learner.network)),
         }
-        runs.finish(job.output, training.learner.network, calibration, **facts)
+        runs.finish(job.output, training.learner.network, calibration, judge, **facts)
     fabric.barrier()
 
 
-def _calibrate(training: Training) -> dict[str, Any] | None:
-    """Fit the temperature on held-out cases; none where there are none, or none is wanted."""
-    settings, held_out = training.config.calibration, training.held_out
-    if settings.kind == "none" or held_out.unlabelled or not held_out.cases:
-        return None
+def _learn_to_judge(training: Training) -> tuple[dict[str, Any] | None, Judge | None]:
+    """Return the calibration and the judge, as far as they are wanted and there are source cases for them."""
+    config, held_out = training.config, training.held_out
     path, network = training.output, training.learner.network
-    run = runs.Run(path, training.config, training.plan, runs.read_splits(path), {})
+    if held_out.unlabelled:
+        return None, None
+    run = runs.Run(path, config, training.plan, runs.read_splits(path), {})
     # A copy, because predicting by batch statistics would change the network.
     networks = [copy.deepcopy(network).eval()]
     segmenter = Segmenter([run], accelerator=training.fabric.device.type, networks=networks)
-    calibration = calibrate(segmenter, held_out.cases_by_turns[: settings.cases], held_out, settings)
-    for case, error in calibration["failed"].items():
-        note = f"{case} is left out of the calibration: {error}"
+    chosen = held_out.cases_by_turns[: config.calibration.cases]
+    calibration, judge, failed = None, None, dict[str, str]()
+    if chosen and config.calibration.kind != "none":
+        calibration = calibrate(segmenter, chosen, held_out, config.calibration)
+        failed |= calibration["failed"]
+    if config.judge.detectors:
+        references = training.trained_on.cases_by_turns[: config.judge.cases]
+        judge, unseen = learn_references(segmenter, references, chosen, config.judge)
+        failed |= unseen
+    for case, error in failed.items():
+        note = f"{case} is left out of calibration and judge: {error}"
         training.on_progress(Progress(0, 0, math.nan, None, math.nan, note))
-    return calibration
+    return calibration, judge
 
 
 def _check_start(job: _Job, splits: Splits, network: Network) -> None:
@@ -308,6 +319,7 @@ def build_training(
         plan,
         learner,
         sampler,
+        splits.training,
         splits.held_out,
         output,
         cases.fingerprint(),

@@ -12,7 +12,7 @@ from anysite.report.configuration import Entries, RunFacts, describe_rows, descr
 from anysite.report.format import SPLIT_NAMES, image_folders, join, without_folders
 from anysite.report.methods import split_by_method
 from anysite.report.pictures import Picture, draw_case
-from anysite.report.read import PredictedCase, Predictions, Row, Source
+from anysite.report.read import PredictedCase, PredictedVerdict, Predictions, Row, Source
 from anysite.report.summary import (
     CaseScore,
     Site,
@@ -28,6 +28,8 @@ from anysite.report.summary import (
 from anysite.statistics import Estimate
 
 WORST = 8
+DECISIONS = ("accept", "review", "reject")
+FAILED = 0.7  # Dice below which a mask counts as failed
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Shown:
     picture: Picture
     score: CaseScore | None = None
     site: Estimate | None = None
+    verdict: PredictedVerdict | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,19 @@ class CaseLine:
     score: CaseScore | None
     hd95: float | None
     seconds: float | None
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The cases of one verdict: how many, their mean Dice, how many failed, and a middling one with its picture."""
+
+    decision: str
+    cases: int
+    dice: Estimate | None
+    failed: int
+    scored: int
+    example: Shown | None
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,7 @@ class Evaluation:
     pictures: tuple[Shown, ...]
     worst: tuple[Shown, ...]
     strips: Markup
+    judged: tuple[Judged, ...]
     lines: tuple[CaseLine, ...]
     hd95_unit: str
     undefined: int
@@ -130,6 +147,7 @@ def evaluate(source: Source) -> Evaluation:
         pictures=tuple(_site_pictures(source, sites)) if source.predictions else (),
         worst=tuple(_worst(source, scores)) if source.predictions else (),
         strips=strip_plot([_strip(site) for site in sites], "Dice of every case, by site"),
+        judged=tuple(_judged(source, scores)) if source.predictions else (),
         lines=tuple(lines),
         hd95_unit=next((row.unit for row in rows if row.metric == "hd95" and row.unit), ""),
         undefined=sum(score.undefined for score in scores),
@@ -161,12 +179,42 @@ def _worst(source: Source, scores: Sequence[CaseScore]) -> Iterable[Shown]:
     candidates = [score for score in worst_first(scores) if score.split != "training" and score.case in cases]
     for score in candidates[:WORST]:
         picture = _draw(source, score.case, cases[score.case])
-        yield Shown(score.case, score.domain, score.split, picture, score)
+        verdict = cases[score.case].verdict
+        yield Shown(score.case, score.domain, score.split, picture, score, verdict=verdict)
+
+
+def _judged(source: Source, scores: Sequence[CaseScore]) -> Iterable[Judged]:
+    """Group cases that were not trained on by their verdict; the masks accepted in error are what counts."""
+    assert source.predictions is not None
+    cases = source.predictions.cases
+    by_case = {score.case: score for score in scores}
+    for decision in DECISIONS:
+        chosen = {
+            name: case
+            for name, case in cases.items()
+            if case.verdict and case.verdict.decision == decision and case.split != "training"
+        }
+        found = [by_case[name] for name in chosen if name in by_case]
+        values = [score.value for score in found if score.value is not None]
+        middle = median_case(s for s in found if cases[s.case].mask)
+        name = middle.case if middle else next((name for name, case in chosen.items() if case.mask), None)
+        example = None
+        if name is not None:
+            case = cases[name]
+            picture = _draw(source, name, case)
+            example = Shown(name, case.domain, case.split, picture, middle, verdict=case.verdict)
+        if chosen:
+            failed = sum(value < FAILED for value in values)
+            yield Judged(decision, len(chosen), estimate(found), failed, len(values), example)
 
 
 def _draw(source: Source, case_id: str, case: PredictedCase) -> Picture:
     assert source.predictions is not None
     return draw_case(source.path, case_id, case, source.predictions.dataset)
+
+
+def _decision(case: PredictedCase) -> str:
+    return case.verdict.decision if case.verdict else ""
 
 
 def _strip(site: Site) -> Strip:
@@ -182,12 +230,15 @@ def _lines(rows: Sequence[Row], predictions: Predictions, scores: Sequence[CaseS
     for score in [*worst_first(scores), *(score for score in scores if score.value is None)]:
         case = predictions.cases.get(score.case, PredictedCase())
         distance = distances.get((score.case, score.domain, score.split))
+        seconds, verdict = case.seconds, _decision(case)
         lines.append(
-            CaseLine(score.case, score.domain, score.split, case.status, score, distance, case.seconds)
-        )
+            CaseLine(
+                score.case, score.domain, score.split, case.status, score, distance, seconds, verdict
+            )
+        )  # fmt: skip
     scored = {score.case for score in scores}
     lines += [
-        CaseLine(case_id, case.domain, case.split, case.status, None, None, case.seconds)
+        CaseLine(case_id, case.domain, case.split, case.status, None, None, case.seconds, _decision(case))
         for case_id, case in predictions.cases.items()
         if case_id not in scored
     ]

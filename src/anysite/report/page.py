@@ -15,7 +15,7 @@ from anysite.errors import DataError
 from anysite.report import format as texts
 from anysite.report.charts import Strip, difference_plot, strip_plot
 from anysite.report.curves import CorruptionCurves, LabelCurves, describe_corruptions, describe_labels
-from anysite.report.evaluation import Evaluation, evaluate
+from anysite.report.evaluation import FAILED, Evaluation, evaluate
 from anysite.report.methods import MethodSummary, split_by_method, summarise_methods
 from anysite.report.pictures import OKABE_ITO
 from anysite.report.read import Row, Source, read_sources
@@ -81,6 +81,7 @@ def write_report(paths: Sequence[Path], output: Path, title: str = "") -> Path:
         version=anysite.__version__,
         split_names=texts.SPLIT_NAMES,
         colours=len(OKABE_ITO),
+        failed_dice=FAILED,
     )
     atomic.write_text(Path(output), page)
     return Path(output)

@@ -72,6 +72,15 @@ class Row(BaseModel):
 MANIFESTS = "predictions*.json"
 
 
+class PredictedVerdict(BaseModel):
+    """The judge's word on one mask."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    decision: str = ""
+    reasons: list[str] = []
+
+
 class PredictedCase(BaseModel):
     """What `predictions.json` says of one case."""
 
@@ -85,6 +94,7 @@ class PredictedCase(BaseModel):
     split: str = "unknown"
     seconds: float | None = None
     error: str | None = None
+    verdict: PredictedVerdict | None = None
 
 
 class PredictedDataset(BaseModel):

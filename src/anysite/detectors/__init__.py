@@ -1,0 +1,105 @@
+"""Detectors tell how far one output lies from those of training; they see outputs and nothing else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Float
+
+Vector = Float[np.ndarray, " _"]
+Vectors = Float[np.ndarray, "n _"]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Sums over the positions of one layer's features, from which mean and spectrum follow.
+
+    Attributes:
+        count: Number of positions.
+        total: Sum of the features.
+        gram: Sum of their outer products, so that windows add up.
+    """
+
+    count: int
+    total: Float[np.ndarray, " w"]
+    gram: Float[np.ndarray, "w w"]
+
+    def __add__(self, other: Layer) -> Layer:
+        return Layer(self.count + other.count, self.total + other.total, self.gram + other.gram)
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """What one image made of a network, on the plan's grid.
+
+    Attributes:
+        image: Normalised intensities.
+        probabilities: One map a class, or a region where they are `overlapping`.
+        layers: Of the encoder, bottleneck last.
+    """
+
+    image: Float[np.ndarray, "c *s"]
+    probabilities: Float[np.ndarray, "k *s"]
+    overlapping: bool
+    layers: tuple[Layer, ...]
+
+
+class Detector(ABC):
+    """A distance from training; keyword arguments of the constructor are its settings.
+
+    An output is first described by a short vector; a detector remembers nothing else of it, so that references
+    are small and hold no image. What `fit` learns lies in `memory`, arrays by name, and is stored with the run.
+
+    Attributes:
+        reason: What a high distance means, in words for a reader of images.
+        of_shift: Whether it speaks of the image; otherwise of the segmentation, whose values on images
+            trained on are better than on any other.
+    """
+
+    reason: ClassVar[str]
+    of_shift: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self.memory: dict[str, np.ndarray] = {}
+
+    @abstractmethod
+    def describe(self, output: Output) -> Vector:
+        """Return the vector that stands for an output."""
+
+    @abstractmethod
+    def fit(self, vectors: Vectors) -> None:
+        """Learn from the vectors of training."""
+
+    @abstractmethod
+    def distance(self, vector: Vector) -> float:
+        """Return how far a vector lies from training; higher is further."""
+
+    def leave_one_out(self, vectors: Vectors) -> Float[np.ndarray, " n"]:
+        """Return the distance of every vector from all others."""
+        kept = self.memory
+        distances = []
+        for index, vector in enumerate(vectors):
+            self.fit(np.delete(vectors, index, axis=0))
+            distances.append(self.distance(vector))
+        self.memory = kept
+        return np.array(distances)
+
+
+def mean_feature(layer: Layer) -> Vector:
+    """Return the mean over positions."""
+    return layer.total / layer.count
+
+
+def add_layers(one: Sequence[Layer], other: Sequence[Layer]) -> tuple[Layer, ...]:
+    """Return the sums of two parts of an image."""
+    return tuple(a + b for a, b in zip(one, other, strict=True)) if one else tuple(other)
+
+
+def scale_apart(vectors: Vectors) -> Mapping[str, np.ndarray]:
+    """Return mean and deviation of every entry; entries that never vary get deviation 1."""
+    deviation = vectors.std(0)
+    return {"mean": vectors.mean(0), "deviation": np.where(deviation > 0, deviation, 1.0)}

@@ -1,0 +1,338 @@
+"""Detectors against closed forms and slow twins, and verdicts from training to verdicts.json."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from anysite import atomic, cli, registry, runs
+from anysite.config import JudgeSettings
+from anysite.data.case import Dataset
+from anysite.data.layouts import open_dataset
+from anysite.data.phantom import write_phantom
+from anysite.detectors import Detector, Layer, Output, add_layers
+from anysite.detectors.mahalanobis import learn_components, measure
+from anysite.detectors.spectral import signature, split_signatures
+from anysite.errors import ConfigError, RunError
+from anysite.judge import EMPTY_REASON, REJECT, Judge, Verdict, average_verdicts, decide
+from anysite.predict import predict, write_verdicts
+from anysite.references import learn_references
+from anysite.runs import Run
+from anysite.segment import Segmenter, sum_layer
+from anysite.train import train
+from conftest import small_config
+
+JUDGED = "judge.detectors={histogram = {}, spectral = {}, entropy = {}, nearest = {}, mahalanobis = {}}"
+Draw = Callable[..., Output]
+
+
+def layer_of(positions: np.ndarray) -> Layer:
+    return Layer(len(positions), positions.sum(0), positions.T @ positions)
+
+
+@pytest.fixture
+def draw(rng: np.random.Generator) -> Draw:
+    """Make an output of one kind: features of a covariance, an image of a contrast, a network of a certainty."""
+    mixing = rng.normal(size=(2, 6, 6))
+
+    def make(kind: int = 0, *, empty: bool = False, overlapping: bool = False) -> Output:
+        layers = tuple(layer_of(rng.normal(size=(n, 6)) @ mixing[kind] + 2 * kind) for n in (400, 100))
+        image = rng.normal(size=(1, 24, 24)) ** (1 + 2 * kind)
+        distance = np.hypot(*np.mgrid[-12:12, -12:12]) - rng.uniform(5, 8)
+        logits = -distance * (0.3 if kind else 2.0) - (100 if empty else 0)
+        found = 1 / (1 + np.exp(-logits))
+        maps = np.stack([found, found / 2]) if overlapping else np.stack([1 - found, found])
+        return Output(image, maps, overlapping, layers)
+
+    return make
+
+
+def build(name: str) -> Detector:
+    return registry.build("detector", name)
+
+
+@pytest.mark.parametrize("overlapping", [False, True], ids=["classes", "regions"])
+@pytest.mark.parametrize("name", registry.DETECTORS)
+def test_every_detector_tells_one_kind_from_another(name: str, overlapping: bool, draw: Draw) -> None:
+    detector = build(name)
+    usual = np.stack([detector.describe(draw(overlapping=overlapping)) for _ in range(12)])
+    detector.fit(usual)
+    memory = {key: array.copy() for key, array in detector.memory.items()}
+    near = [detector.distance(detector.describe(draw(overlapping=overlapping))) for _ in range(8)]
+    far = [detector.distance(detector.describe(draw(1, overlapping=overlapping))) for _ in range(8)]
+    assert min(far) > max(near)
+    assert all(np.isfinite([*near, *far]))
+    alone = detector.leave_one_out(usual)
+    assert alone.shape == (12,)
+    assert alone.max() < min(far)
+    for key, array in detector.memory.items():  # unchanged by leaving out
+        np.testing.assert_array_equal(array, memory[key])
+    restored = build(name)
+    restored.memory = detector.memory
+    vector = restored.describe(draw(1, overlapping=overlapping))
+    assert restored.distance(vector) == detector.distance(vector)
+
+
+@pytest.mark.parametrize("name", registry.DETECTORS)
+def test_leaving_one_out_is_fitting_on_the_others(name: str, draw: Draw) -> None:
+    detector, twin = build(name), build(name)
+    vectors = np.stack([detector.describe(draw()) for _ in range(5)])
+    detector.fit(vectors)
+    alone = detector.leave_one_out(vectors)
+    twin.fit(vectors[[0, 1, 3, 4]])
+    assert alone[2] == twin.distance(vectors[2])
+
+
+def test_signatures_are_those_of_the_singular_values(rng: np.random.Generator) -> None:
+    positions = rng.normal(size=(5000, 32)) @ rng.normal(size=(32, 32))
+    layer = layer_of(positions)
+    scale = np.sqrt(10_000 / 5000)
+    logarithms = np.log(scale * torch.linalg.svdvals(torch.from_numpy(positions)).numpy())
+    expected = logarithms / np.linalg.norm(logarithms)
+    np.testing.assert_allclose(signature(layer), expected, rtol=1e-6)
+    assert np.linalg.norm(signature(layer)) == pytest.approx(1)
+    shuffled = layer_of(rng.permutation(positions)[:, rng.permutation(32)])
+    np.testing.assert_allclose(signature(shuffled), expected, rtol=1e-6)
+    np.testing.assert_allclose(signature(layer + layer), expected, rtol=1e-6)  # size does not count
+    flat = layer_of(np.ones((10, 4)))  # three directions unused
+    assert np.isfinite(signature(flat)).all()
+
+
+def test_a_training_image_has_no_spectral_distance_from_itself(draw: Draw) -> None:
+    detector = registry.build("detector", "spectral", layers="bottleneck")
+    vectors = np.stack([detector.describe(draw()) for _ in range(4)])
+    detector.fit(vectors)
+    assert detector.distance(vectors[2]) == 0
+    assert [len(part) for part in split_signatures(vectors[0])] == [6]
+    assert [len(part) for part in split_signatures(build("spectral").describe(draw()))] == [6, 6]
+
+
+def test_mahalanobis_counts_directions_in_their_own_units_and_what_lies_beyond() -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(4000, 3)) * [10.0, 1.0, 0.1]
+    components = learn_components(vectors, 0.999)
+    assert len(components["spread"]) == 2
+    np.testing.assert_allclose(components["spread"], [10, 1], rtol=0.05)
+    centre = vectors.mean(0)
+    assert measure(centre, components) == pytest.approx(0, abs=1e-9)
+    assert measure(centre + [20, 0, 0], components) == pytest.approx(2 / np.sqrt(3), rel=0.05)
+    assert measure(centre + [0, 0, 1], components) == pytest.approx(10 / np.sqrt(3), rel=0.05)
+    same = learn_components(np.ones((5, 3)), 0.95)
+    assert np.isfinite(measure(np.zeros(3), same))
+
+
+def test_entropy_inside_leaves_out_borders(draw: Draw) -> None:
+    output = draw()
+    foreground, inside = (registry.build("detector", "entropy", region=r) for r in ("foreground", "inside"))
+    assert inside.describe(output)[0] < 0.3 * foreground.describe(output)[0]
+    even = replace(output, probabilities=np.full((2, 24, 24), 0.5))
+    assert foreground.describe(even)[0] == pytest.approx(1)
+    assert foreground.describe(draw(empty=True))[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_windows_add_up_and_large_ones_are_thinned() -> None:
+    features = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    positions = features.movedim(1, -1).reshape(-1, 3).double().numpy()
+    whole = sum_layer(features)
+    np.testing.assert_allclose(whole.gram, positions.T @ positions, rtol=1e-5)
+    np.testing.assert_allclose(whole.total, positions.sum(0), rtol=1e-4, atol=1e-5)
+    (parts,) = add_layers([sum_layer(features[:1])], [sum_layer(features[1:])])
+    np.testing.assert_allclose(parts.gram, whole.gram, rtol=1e-5)
+    assert parts.count == whole.count == 70
+    assert 1000 <= sum_layer(torch.randn(1, 2, 100, 100)).count <= 4096
+    assert sum_layer(torch.randn(1, 2, 40, 40, 40)).count <= 4096
+
+
+def judge_of(draw: Draw, count: int = 20, **settings: Any) -> Judge:
+    judge = Judge(JudgeSettings(**settings))
+    judge.fit([judge.describe(draw()) for _ in range(count)], [judge.describe(draw()) for _ in range(count)])
+    return judge
+
+
+def test_the_false_alarm_rate_is_about_the_one_stated(draw: Draw) -> None:
+    judge = judge_of(draw, 60, false_alarms=0.2, detectors={"histogram": {}, "nearest": {}})
+    alarms = sum(judge.judge(draw()).decision != "accept" for _ in range(200))
+    assert 10 <= alarms <= 60  # 20 % of 200, within what sixty references can tell
+    assert all(judge.judge(draw(1)).decision != "accept" for _ in range(20))
+
+
+def test_of_the_segmentation_only_held_out_images_are_references(draw: Draw) -> None:
+    judge = Judge(JudgeSettings(detectors={"entropy": {}, "nearest": {}}))
+    sure = [judge.describe(draw()) for _ in range(6)]
+    unsure = [judge.describe(draw(1)) for _ in range(6)]
+    judge.fit(sure, unsure)
+    assert judge.limits["entropy"][1] == max(v["entropy"][0] for v in unsure)
+    assert judge.limits["nearest"][1] >= max(
+        judge.detectors["nearest"].leave_one_out(np.stack([v["nearest"] for v in sure]))
+    )
+    judge.fit(sure, [])
+    assert judge.limits["entropy"][1] == max(v["entropy"][0] for v in sure)
+
+
+def test_finding_nothing_is_odd_where_something_was_always_found(draw: Draw) -> None:
+    judge = judge_of(draw, detectors={"nearest": {}})
+    verdict = judge.judge(draw(empty=True))
+    assert verdict.decision == "review"
+    assert verdict.reasons[0] == EMPTY_REASON
+    often = Judge(JudgeSettings(detectors={"nearest": {}}))
+    often.fit([often.describe(draw(empty=i % 4 == 0)) for i in range(20)], [])
+    assert EMPTY_REASON not in often.judge(draw(empty=True)).reasons
+
+
+def test_decisions_follow_the_scores() -> None:
+    reasons = {"a": "reason a", "b": "reason b"}
+    assert decide({"a": 0.9, "b": 1.0}, reasons) == Verdict("accept", (), {"a": 0.9, "b": 1.0})
+    assert decide({"a": 1.1, "b": 2.0}, reasons) == Verdict(
+        "review", ("reason b", "reason a"), {"a": 1.1, "b": 2.0}
+    )
+    assert decide({"a": REJECT + 0.1, "b": 0.0}, reasons).decision == "reject"
+    assert decide({"a": float("nan"), "b": 0.0}, reasons) == Verdict(
+        "reject", ("reason a",), {"a": None, "b": 0.0}
+    )
+    both = [decide({"a": 0.0}, reasons), decide({"a": 3.0}, reasons)]
+    assert average_verdicts(both, reasons) == Verdict("review", ("reason a",), {"a": 1.5})
+    assert average_verdicts(both[:1], reasons) is both[0]
+
+
+def test_a_judge_is_the_same_after_storing(draw: Draw, tmp_path: Path) -> None:
+    settings = JudgeSettings(detectors={name: {} for name in registry.DETECTORS})
+    judge = judge_of(draw, detectors=settings.detectors)
+    arrays, facts = judge.memory()
+    runs.save_tensors(
+        tmp_path / "judge.safetensors", {n: torch.from_numpy(a.copy()) for n, a in arrays.items()}, facts
+    )
+    tensors, read = runs.load_tensors(tmp_path / "judge.safetensors")
+    again = Judge(settings)
+    again.recall({name: t.numpy() for name, t in tensors.items()}, read)
+    output = draw(1)
+    assert again.judge(output) == judge.judge(output)
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    folder = tmp_path_factory.mktemp("sites") / "phantom"
+    return open_dataset(write_phantom(folder, patients_per_site=8, size=64, sites=("north", "east")))
+
+
+@pytest.fixture(scope="module")
+def run(sites: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    settings = small_config(
+        JUDGED, "train.steps=60", "train.learning_rate=0.01", "train.validation_fraction=0.3"
+    )
+    return train(sites, settings, tmp_path_factory.mktemp("runs") / "run")
+
+
+def test_from_training_to_verdicts_beside_the_masks(sites: Dataset, run: Run, tmp_path: Path) -> None:
+    held_out = [case for case in sites.cases if case.id in run.splits["held_out"]]
+    outcomes = list(predict([run], held_out, tmp_path, dataset=sites))
+    verdicts = atomic.read_json(tmp_path / "verdicts.json")["cases"]
+    assert set(verdicts) == {case.id for case in held_out}
+    assert [o.verdict for o in outcomes] == [verdicts[o.case.id]["verdict"] for o in outcomes]
+    assert all(set(v["scores"]) == set(run.config.judge.detectors) for v in verdicts.values())
+    assert all(v["reasons"] or v["verdict"] == "accept" for v in verdicts.values())
+    accepted = sum(v["verdict"] == "accept" for v in verdicts.values())
+    assert accepted >= len(held_out) - 1  # the limits are those of these very cases
+    with (tmp_path / "verdicts.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["case"], r["verdict"]) for r in rows] == [(n, v["verdict"]) for n, v in verdicts.items()]
+    again = list(predict([run], held_out, tmp_path, dataset=sites))
+    assert [(o.status, o.verdict) for o in again] == [("skipped", o.verdict) for o in outcomes]
+
+
+def test_an_image_of_something_else_is_not_accepted(sites: Dataset, run: Run) -> None:
+    segmenter, rng = Segmenter([run]), np.random.default_rng(0)
+    image = sites.cases[0].image()
+    stripes = np.broadcast_to(255 * (np.arange(image.shape[0]) % 8 < 4)[:, None], image.array.shape)
+    for other in (rng.integers(0, 255, image.array.shape), stripes):
+        verdict = segmenter.segment(image.with_array(other.astype(image.array.dtype))).verdict
+        assert verdict is not None
+        assert verdict.decision != "accept"
+        assert verdict.reasons
+
+
+def test_an_ensemble_has_one_verdict_from_both_judges(sites: Dataset, run: Run) -> None:
+    image = sites.cases[0].image()
+    alone, twice = (Segmenter(members).segment(image).verdict for members in ([run], [run, run]))
+    assert alone == twice
+    unjudged = replace(run, judge=None)
+    assert Segmenter([unjudged]).segment(image).verdict is None
+    assert Segmenter([unjudged, run]).segment(image).verdict == alone
+
+
+def test_references_hold_no_image_and_an_altered_judge_is_noticed(run: Run, tmp_path: Path) -> None:
+    stored = (run.path / runs.JUDGE).stat().st_size
+    assert stored < 100_000
+    copied = Path(shutil.copytree(run.path, tmp_path / "run"))
+    tensors, facts = runs.load_tensors(copied / runs.JUDGE)
+    runs.save_tensors(copied / runs.JUDGE, tensors, facts | {"share_empty": 1.0})
+    with pytest.raises(RunError, match="altered since training"):
+        runs.open_run(copied)
+    runs.save_tensors(copied / runs.JUDGE, tensors, {"limits": {}})
+    with pytest.raises(RunError, match="not a judge"):
+        runs.read_judge(copied)
+
+
+def test_a_case_that_cannot_be_read_is_named_and_the_rest_judges(sites: Dataset, run: Run) -> None:
+    broken = replace(sites.cases[0], id="broken", image_paths=(Path("nowhere.png"),))
+    segmenter, settings = Segmenter([run]), run.config.judge
+    judge, failed = learn_references(segmenter, [broken, *sites.cases[:3]], [sites.cases[4]], settings)
+    assert judge is not None
+    assert list(failed) == ["broken"]
+    assert learn_references(segmenter, [broken, sites.cases[0]], [], settings)[0] is None
+
+
+def test_the_command_says_how_many_and_its_code_that_some_were_rejected(
+    sites: Dataset,
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for case in sites.cases[:2]:
+        shutil.copy(case.image_paths[0], folder / case.image_paths[0].name)
+    monkeypatch.setattr("anysite.judge.REJECT", -1e9)
+    monkeypatch.setattr(
+        "sys.argv", ["anysite", "predict", str(run.path), str(folder), "--output", str(tmp_path / "out")]
+    )
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 1
+    printed = capsys.readouterr()
+    assert "verdicts: 0 accept, 0 review, 2 reject" in printed.out
+    assert "2 of 2 masks were rejected" in printed.err
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+def test_parts_share_one_file_of_verdicts(sites: Dataset, run: Run, tmp_path: Path) -> None:
+    for part in ("1/2", "2/2"):
+        list(predict([run], sites.cases[:4], tmp_path, part=part))
+    assert len(atomic.read_json(tmp_path / "verdicts.json")["cases"]) == 4
+    (tmp_path / "verdicts.json").unlink()
+    write_verdicts(tmp_path)
+    assert (tmp_path / "verdicts.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("judge.detectors={spektral = {}}", "unknown detector 'spektral'"),
+        ("judge.detectors={nearest = {neighbours = 0}}", "neighbours"),
+        ('judge.detectors={spectral = {layers = "first"}}', "layers"),
+    ],
+)
+def test_wrong_detectors_are_refused_before_training(
+    sites: Dataset, tmp_path: Path, setting: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(sites, small_config(setting), tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
