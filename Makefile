@@ -45,6 +45,7 @@ bench: install
 	$(BIN)/python benchmarks/predict_volume.py
 	$(BIN)/python benchmarks/objective_step.py ram_dsir
 	$(BIN)/python benchmarks/objective_step.py medcontext
+	$(BIN)/python benchmarks/judge_overhead.py
 
 # Resolve every dependency anew for all supported Python versions and platforms. CUDA packages are left out:
 # with a CPU build of PyTorch nothing needs them, and a CUDA build is the user's own choice.

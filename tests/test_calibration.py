@@ -18,7 +18,6 @@ from anysite.calibrate import calibrate
 from anysite.calibration import (
     CALIBRATION_METRICS,
     Temperature,
-    average_temperatures,
     fit_temperature,
     score_calibration,
     select_band,
@@ -27,7 +26,7 @@ from anysite.config import CalibrationSettings
 from anysite.data import files
 from anysite.data.case import Dataset
 from anysite.data.probabilities import read_probabilities
-from anysite.errors import RunError
+from anysite.errors import FileFormatError, RunError
 from anysite.evaluate import ALL_CLASSES, evaluate
 from anysite.predict import predict
 from anysite.runs import Run
@@ -205,9 +204,13 @@ def test_prediction_is_calibrated_by_default_and_no_voxel_changes(phantom: Datas
     assert changed == len(phantom.cases)
 
 
-def test_an_ensemble_takes_the_geometric_mean() -> None:
-    one, other = Temperature((2.0,)), Temperature((0.5, 2.0, 8.0))
-    np.testing.assert_allclose(average_temperatures([one, other]).values, (1.0, 2.0, 4.0))
+def test_the_mean_of_several_runs_is_left_as_it_is(phantom: Dataset, run: Run) -> None:
+    image = phantom.cases[0].image()
+    hot = replace(run, temperature=Temperature((3.0,)))
+    together, plain = Segmenter([hot, hot]).segment(image), Segmenter([hot]).segment(image)
+    np.testing.assert_array_equal(together.probabilities.array, together.raw.array)
+    np.testing.assert_allclose(together.raw.array, plain.raw.array)
+    assert not np.allclose(plain.probabilities.array, plain.raw.array)
 
 
 def test_an_altered_calibration_is_noticed(run: Run, tmp_path: Path) -> None:
@@ -266,9 +269,81 @@ def test_evaluation_scores_saved_probabilities_apart_from_classes(
         if row["case"] == case.id:
             assert row["value"] == pytest.approx(expected[row["metric"]], abs=1e-5)
     summary = atomic.read_json(tmp_path / "summary.json")
-    assert set(summary["calibration"]) == set(CALIBRATION_METRICS)
+    mean_ece = np.mean([row["value"] for row in rows if row["metric"] == "ece"])
+    assert summary["by_domain"]["west"]["ece"] == pytest.approx(mean_ece)
+    assert summary["by_split"]["unseen"]["nll"] > 0
+    assert summary["undefined"]["ece"] == 0
     assert ALL_CLASSES not in summary["mean"]
     assert "ece" not in summary["foreground_mean"]
-    damaged = tmp_path / f"{case.id}.npz"
-    np.savez_compressed(damaged, probabilities=probabilities[:, :-1])
-    assert case.id in evaluate(tmp_path, phantom).failed
+
+
+def test_damaged_or_foreign_probabilities_cost_no_row_of_another_case(
+    phantom: Dataset, run: Run, tmp_path: Path
+) -> None:
+    cases = [case for case in phantom.cases if case.domain == "west"]
+    list(predict([run], cases, tmp_path, save_probabilities=True, dataset=phantom))
+    altered, deleted = (tmp_path / f"{case.id}.npz" for case in cases[:2])
+    altered.write_bytes(altered.read_bytes()[:100])
+    deleted.unlink()
+    result = evaluate(tmp_path, phantom)
+    assert not result.failed
+    assert {row["case"] for row in result.rows if row["metric"] == "dice"} == {case.id for case in cases}
+    scored = {row["case"] for row in result.rows if row["metric"] == "ece"}
+    assert scored == {case.id for case in cases[2:]}
+    plain = tmp_path / "plain"
+    list(predict([run], cases[:1], plain, dataset=phantom))
+    np.savez_compressed(plain / f"{cases[0].id}.npz", probabilities=np.ones((5, 64, 64)))
+    assert not [row for row in evaluate(plain, phantom).rows if row["metric"] == "ece"]
+
+
+def test_files_that_hold_no_probabilities_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "case.npz"
+    np.savez_compressed(path, probabilities=np.full((2, 3, 3), 0.5))
+    whole = path.read_bytes()
+    for content in (whole[:50], b"", whole[:60] + bytes(20) + whole[80:]):
+        path.write_bytes(content)
+        with pytest.raises(FileFormatError, match="case.npz"):
+            read_probabilities(path)
+    np.save(tmp_path / "plain.npy", np.zeros(3))
+    path.write_bytes((tmp_path / "plain.npy").read_bytes())
+    with pytest.raises(FileFormatError, match="case.npz"):
+        read_probabilities(path)
+    for value in (np.nan, 1.5, -0.1):
+        np.savez_compressed(path, probabilities=np.full((2, 3, 3), value))
+        with pytest.raises(FileFormatError, match="from 0 to 1"):
+            read_probabilities(path)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("what"), KeyboardInterrupt()])
+def test_nothing_that_happens_while_judging_costs_the_training(
+    phantom: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    settings = small_config("train.checkpoint_every=4", "judge.detectors={nearest = {}}")
+    notes: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("anysite.train.calibrate", fail)
+        if isinstance(error, Exception):
+            run = train(phantom, settings, tmp_path / "run", on_progress=lambda p: notes.append(p.note))
+            assert run.judge is None
+            assert any("no calibration and no verdicts" in note for note in notes)
+            return
+        with pytest.raises(KeyboardInterrupt):
+            train(phantom, settings, tmp_path / "run")
+    steps: list[int] = []
+    run = train(phantom, settings, tmp_path / "run", resume=True, on_progress=lambda p: steps.append(p.step))
+    assert not [step for step in steps if step > 0]
+    assert run.judge is not None
+    assert run.manifest["steps"] == 6
+
+
+def test_a_region_that_is_never_there_gets_the_temperature_of_all() -> None:
+    probabilities, truth = draw(3, 2, 20_000, True)
+    truth[1] = False
+    wrong = Temperature((0.5,)).apply(probabilities, True)
+    fitted = fit_temperature(wrong, truth, overlapping=True, per_class=True)
+    overall = fit_temperature(wrong, truth, overlapping=True)
+    assert fitted.values[1] == overall.values[0]
+    assert fitted.values[0] == pytest.approx(2, rel=0.1)

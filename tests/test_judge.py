@@ -23,7 +23,7 @@ from anysite.detectors.mahalanobis import learn_components, measure
 from anysite.detectors.spectral import signature, split_signatures
 from anysite.errors import ConfigError, RunError
 from anysite.judge import EMPTY_REASON, REJECT, Judge, Verdict, average_verdicts, decide
-from anysite.predict import predict, write_verdicts
+from anysite.predict import predict
 from anysite.references import learn_references
 from anysite.runs import Run
 from anysite.segment import Segmenter, sum_layer
@@ -317,9 +317,8 @@ def test_parts_share_one_file_of_verdicts(sites: Dataset, run: Run, tmp_path: Pa
     for part in ("1/2", "2/2"):
         list(predict([run], sites.cases[:4], tmp_path, part=part))
     assert len(atomic.read_json(tmp_path / "verdicts.json")["cases"]) == 4
-    (tmp_path / "verdicts.json").unlink()
-    write_verdicts(tmp_path)
-    assert (tmp_path / "verdicts.json").is_file()
+    list(predict([replace(run, judge=None)], sites.cases[:4], tmp_path / "plain"))
+    assert not (tmp_path / "plain" / "verdicts.json").exists()
 
 
 @pytest.mark.parametrize(

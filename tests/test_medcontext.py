@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from anysite.config import load
+from anysite.data.case import Dataset
 from anysite.errors import ConfigError
 from anysite.learner import Learner, build_learner
+from anysite.loop import Progress
 from anysite.masking import draw_blocks
 from anysite.objectives.medcontext import (
     MedContext,
@@ -22,6 +25,8 @@ from anysite.objectives.medcontext import (
     replace_tokens,
 )
 from anysite.plan import Normalisation, Plan
+from anysite.train import train
+from conftest import small_config
 
 DOMAINS = ("north", "east")
 # Networks of both kinds, small; UNETR and Swin UNETR have tokens.
@@ -170,20 +175,99 @@ def test_every_network_learns_from_it_unchanged(network: str, patch_size: tuple[
     built.after_step()
 
 
+@pytest.mark.parametrize("patch_size", [(64, 64), (32, 32, 64)], ids=["2d", "3d"])
 @pytest.mark.parametrize("network", SMALL)
-def test_nothing_of_a_blanked_voxel_reaches_the_masked_pass(network: str) -> None:
-    """Where all blocks are masked but one, changing the image elsewhere changes no logit."""
-    built = learner("ratio=0.9, consistency_weight=0", network, (64, 64)).eval()
-    objective = medcontext(built)
-    logits = []
-    for other in (0.0, 5.0):
-        torch.manual_seed(4)
-        masked = objective._draw_mask(step(built, torch.zeros(2, 1, 64, 64)))
-        image = torch.where(masked[:, None], other, batch((64, 64))[0])
-        torch.manual_seed(4)
+def test_nothing_of_a_blanked_voxel_reaches_the_masked_pass(
+    network: str, patch_size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network is handed zeros where the mask is, everything else as it is, and nothing besides."""
+    built = learner("consistency_weight=0", network, patch_size).eval()
+    objective, image = medcontext(built), batch(patch_size)[0]
+    seen: list[Tensor] = []
+    encode = built.network.encode
+    monkeypatch.setattr(built.network, "encode", lambda given: seen.append(given) or encode(given))
+    with torch.no_grad():
+        masked, logits = objective._segment_masked(step(built, image))
+    (given,) = seen
+    assert 0.25 < masked.float().mean() < 0.6
+    assert (given[masked[:, None].expand_as(given)] == 0).all()
+    kept = ~masked[:, None].expand_as(given)
+    assert torch.equal(given[kept], image[kept])
+    with torch.no_grad():
+        torch.testing.assert_close(logits, built.network(given))
+
+
+def test_the_teacher_moves_after_every_step_by_the_planned_momentum() -> None:
+    built = learner("momentum=[0.5, 0.5], ramp=0")
+    teacher = medcontext(built).teacher
+    expected = [p.clone() for p in built.network.parameters()]
+    for updates in range(3):
+        built(*batch(), 0.3)
         with torch.no_grad():
-            logits.append(objective._segment_masked(step(built, image))[1])
-    torch.testing.assert_close(*logits)
+            for p in built.network.parameters():
+                p.add_(torch.randn_like(p))
+        built.after_step()
+        momentum = min(0.5, 1 - 1 / (updates + 1))
+        pairs = zip(expected, built.network.parameters(), strict=True)
+        expected = [momentum * e + (1 - momentum) * p.detach() for e, p in pairs]
+    for mine, other in zip(teacher.network.parameters(), expected, strict=True):
+        torch.testing.assert_close(mine, other)
+    assert "objectives.medcontext.teacher.updates" in built.state_dict()
+    assert "objectives.medcontext.teacher.begun" in built.state_dict()
+
+
+def test_a_sharpened_teacher_asks_for_more() -> None:
+    losses = {}
+    for temperature in (0.1, 1.0):
+        built = learner(f"temperature={temperature}, ramp=0", "unet")
+        torch.manual_seed(5)
+        losses[temperature] = built(*batch(), 0.5)["medcontext_consistency"].item()
+    assert losses[0.1] > losses[1.0]
+
+
+def test_overlapping_regions_are_compared_each_by_itself() -> None:
+    config = load("baseline", [SMALL["unet"], "objectives={medcontext = {ramp = 0, consistency_weight = 1}}"])
+    torch.manual_seed(0)
+    built = build_learner(config, plan((32, 32), regions=((1, 2), (2,))), DOMAINS).eval()
+    image, label, domain = batch()
+    torch.manual_seed(7)
+    found = built(image, label, domain, 0.5)["medcontext_consistency"]
+    torch.manual_seed(7)
+    masked = draw_blocks(2, (32, 32), 8, 0.4)
+    one, other = (
+        built.network(image.masked_fill(masked[:, None], 0.0)).sigmoid(),
+        built.network(image).sigmoid(),
+    )
+    torch.testing.assert_close(found, ((one - other) ** 2).sum(1)[masked].mean())
+
+
+@pytest.mark.parametrize(("network", "side"), [("unet", 6), ("swin_unetr", 6), ("unetr", 16)])
+def test_blocks_are_whole_tokens(network: str, side: int) -> None:
+    """At least four along the longest axis of 32 x 32 x 64, and those of the U-Net of any size."""
+    assert medcontext(learner("block_voxels=24", network, (32, 32, 64))).block == (16, 16, 16)
+    assert medcontext(learner("block_voxels=6", network, (32, 32, 64))).block == (side,) * 3
+
+
+def test_a_stopped_training_resumes_to_the_same_bit(phantom: Dataset, tmp_path: Path) -> None:
+    settings = small_config("objectives.medcontext={}", "train.checkpoint_every=3", 'test_domains=["west"]')
+    whole = train(phantom, settings, tmp_path / "whole")
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 4:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        train(phantom, settings, tmp_path / "halves", on_progress=stop)
+    halves = train(phantom, settings, tmp_path / "halves", resume=True)
+    one, other = (run.network().state_dict() for run in (whole, halves))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_something_is_masked_however_small_the_share() -> None:
+    assert draw_blocks(2, (16, 32), 16, 0.2).flatten(1).any(1).all()
+    assert draw_blocks(2, (16, 16, 32), 16, 0.4, tube=True).flatten(1).any(1).all()
+    assert not draw_blocks(2, (16, 32), 16, 0.99).flatten(1).all(1).any()
+    assert not draw_blocks(1, (16, 32), 8, 0.0).any()
 
 
 def step(built: Learner, image: Tensor) -> Any:
@@ -289,6 +373,7 @@ def test_it_composes_with_the_other_objectives() -> None:
     ("settings", "message"),
     [
         ("ratio=1.0", "ratio"),
+        ("supervised_weight=-1.0", "supervised_weight"),
         ("temperature=0.0", "temperature"),
         ("momentum=[0.9, 0.5]", "momentum"),
         ("block_voxels=0", "block_voxels"),

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from anysite.calibration import fit_temperature, score_calibration, select_band
 from anysite.config import CalibrationSettings
 from anysite.data.case import Case, Dataset
-from anysite.errors import AnysiteError, GeometryError
+from anysite.errors import DataError, GeometryError, describe_error
 from anysite.segment import Segmenter
 
 VOXELS_A_CASE = 20_000
@@ -39,8 +39,8 @@ def calibrate(
     for case in cases:
         try:
             chances, truth = sample_voxels(segmenter, case, dataset)
-        except (AnysiteError, RuntimeError, MemoryError) as error:  # as in a batch of predictions
-            failed[case.id] = str(error).strip().splitlines()[0]
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost a finished training
+            failed[case.id] = case.without_folders(describe_error(error))
             continue
         probabilities.append(chances)
         truths.append(truth)
@@ -68,10 +68,13 @@ def sample_voxels(
     """Return the probabilities and the truth of up to 20,000 random voxels near anything predicted or true.
 
     Raises:
-        DataError: the case cannot be read.
+        DataError: the case cannot be read, or its probabilities are not finite.
         GeometryError: image and label do not lie on one grid.
     """
     prediction = segmenter.segment(case.image())
+    chances = prediction.raw.array
+    if not np.isfinite(chances).all():
+        raise DataError("probabilities that are not finite", where=case.id)
     label = dataset.class_indices(case.label(), where=case.label_path)
     if not label.same_grid(prediction.label):
         raise GeometryError(
@@ -81,7 +84,6 @@ def sample_voxels(
     voxels = np.flatnonzero(band)
     if len(voxels) > VOXELS_A_CASE:
         voxels = np.random.default_rng(0).choice(voxels, VOXELS_A_CASE, replace=False)
-    chances = prediction.probabilities.array
     return (
         chances.reshape(len(chances), -1)[:, voxels],
         segmenter.plan.as_maps(label.array[0].ravel()[voxels]),

@@ -47,13 +47,6 @@ class Temperature:
         return special.softmax(np.log(np.maximum(probabilities, LEAST)) / chosen, axis=0)
 
 
-def average_temperatures(temperatures: Sequence[Temperature]) -> Temperature:
-    """Return the geometric mean of those of several networks, for the mean of their probabilities."""
-    size = max(len(temperature.values) for temperature in temperatures)
-    logs = [np.broadcast_to(np.log(temperature.values), size) for temperature in temperatures]
-    return Temperature(tuple(np.exp(np.mean(logs, axis=0)).tolist()))
-
-
 def fit_temperature(
     probabilities: Float[np.ndarray, "k n"],
     truth: Bool[np.ndarray, "k n"],
@@ -68,8 +61,8 @@ def fit_temperature(
         probabilities: Of voxels the network was not trained on.
         truth: For each voxel whether it is of each class; exactly one, unless they overlap.
         overlapping: Whether classes overlap.
-        per_class: One for each class, by the voxels of which it is the most likely; of classes with fewer than
-            `least_voxels` the one for all.
+        per_class: One for each class, by the voxels of which it is the most likely, or for each region; of
+            classes with fewer than `least_voxels`, and of regions with fewer inside or outside, the one for all.
     """
     overall = _minimise(probabilities, truth, overlapping)
     if not per_class:
@@ -79,7 +72,9 @@ def fit_temperature(
     for index in range(len(probabilities)):
         chosen = np.ones(len(likeliest), bool) if overlapping else likeliest == index
         rows = slice(index, index + 1) if overlapping else slice(None)
-        enough = chosen.sum() >= least_voxels
+        inside = int(truth[index].sum())
+        count = min(inside, truth.shape[1] - inside) if overlapping else int(chosen.sum())
+        enough = count >= least_voxels
         values.append(
             _minimise(probabilities[rows, chosen], truth[rows, chosen], overlapping) if enough else overall
         )
@@ -143,7 +138,7 @@ def select_band(
         return foreground
     reach = BAND * min(spacing)
     distance = np.asarray(ndimage.distance_transform_edt(~foreground, sampling=spacing))
-    return distance <= reach
+    return distance <= reach * (1 + 1e-6)  # five times a spacing exceeds it by rounding alone
 
 
 def _minimise(probabilities: np.ndarray, truth: np.ndarray, overlapping: bool) -> float:

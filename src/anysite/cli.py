@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 import typer
 
 from anysite import __version__
-from anysite.errors import AnysiteError, BatchError, ConfigError, DataError, FileFormatError
+from anysite.errors import AnysiteError, BatchError, ConfigError, DataError, FileFormatError, RejectedMasks
 
 if TYPE_CHECKING:
     from anysite.config import Config
@@ -130,8 +130,8 @@ def demo(
     console.say(f"\n3. anysite predict {run} {data} --output {masks}")
     try:
         predict([run, data], masks)
-    except BatchError as error:  # the judge at work
-        console.complain(error)
+    except RejectedMasks as error:  # as it should be, at a site that was never seen
+        console.say(str(error))
     console.say(f"\n4. anysite evaluate {masks} {data}")
     evaluate(masks, data)
     console.say(f"\n5. anysite report {masks} --output {page}")
@@ -300,7 +300,7 @@ def predict(
             fix=f"the reasons are above and in {prediction.manifest_path(output, part)}",
         )
     if rejected := sum(outcome.verdict == "reject" for outcome in outcomes):
-        raise BatchError(
+        raise RejectedMasks(
             f"{rejected} of {len(share)} masks were rejected",
             fix=f"the reasons are in {output / prediction.VERDICTS}; all masks are written",
         )

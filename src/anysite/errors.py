@@ -23,6 +23,14 @@ class AnysiteError(Exception):
         super().__init__(f"{self.where}: {text}" if self.where else text)
 
 
+def describe_error(error: BaseException) -> str:
+    """Return one line on any error: our own as it is, another's by its type and first line."""
+    if isinstance(error, AnysiteError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 class ConfigError(AnysiteError):
     """A setting that is unknown, of the wrong type or out of range."""
 
@@ -55,6 +63,10 @@ class BatchError(AnysiteError):
     """A batch of which some cases failed while the rest was completed."""
 
     exit_code = 1
+
+
+class RejectedMasks(BatchError):  # noqa: N818 (an outcome, not a fault)
+    """Masks that were written and that the judge rejects."""
 
 
 class InterruptedTraining(AnysiteError):  # noqa: N818 (an outcome, not a fault)

@@ -67,9 +67,14 @@ def evaluate(
         raise FileFormatError("no such folder", where=folder, expected="a folder of masks named after cases")
     if not dataset.labelled:
         raise DataError("no case with a label", where=dataset.name, fix="score on a dataset that has labels")
-    manifest = read_manifests(folder) if any(folder.glob(MANIFESTS)) else {"cases": {}, "runs": []}
+    manifest = (
+        read_manifests(folder) if any(folder.glob(MANIFESTS)) else {"cases": {}, "runs": [], "files": {}}
+    )
     _require_same_classes(manifest, dataset, folder)
     common = _describe(manifest, dataset) | (context or {})
+    # Of other classes than the dataset's, masks can be scored but not probabilities.
+    plan = manifest["runs"][0].get("plan", {}) if manifest["runs"] else {}
+    scored_alike = _groups_of(dataset) == _groups_of_plan(plan)
     found = [
         (case, path) for case in dataset.labelled if (path := _find_mask(folder, case, manifest)) is not None
     ]
@@ -87,6 +92,8 @@ def evaluate(
         case, path = pair
         try:
             result: list[Score] | str = _score_mask(case, path, dataset, bool(manifest["runs"]), tolerance)
+            if (digest := manifest["files"].get(probabilities_name(case))) and scored_alike:
+                result += _score_saved(path, digest, case, dataset)
         except AnysiteError as error:
             result = str(error)
         on_case(case.id)
@@ -130,7 +137,7 @@ def score_probabilities(
     Raises:
         GeometryError: the probabilities are of another shape than the label, or of other classes.
     """
-    groups = dataset.regions or [(index,) for index in range(len(dataset.classes))]
+    groups = _groups_of(dataset)
     if probabilities.shape != (len(groups), *label.shape):
         raise GeometryError(
             f"probabilities of shape {probabilities.shape}",
@@ -161,6 +168,7 @@ def summarise(rows: Sequence[Row], failed: dict[str, str]) -> dict[str, Any]:
     Means leave out undefined values; "undefined" says how many there were.
     """
     metrics = list(dict.fromkeys(row["metric"] for row in rows if row["class"] != ALL_CLASSES))
+    calibrated = list(dict.fromkeys(row["metric"] for row in rows if row["class"] == ALL_CLASSES))
     classes = list(dict.fromkeys(row["class"] for row in rows if row["class"] != ALL_CLASSES))
     cases = list(dict.fromkeys(row["case"] for row in rows))
     by_case: dict[str, dict[str, dict[str, float | None]]] = {case: {} for case in cases}
@@ -171,7 +179,8 @@ def summarise(rows: Sequence[Row], failed: dict[str, str]) -> dict[str, Any]:
     groups = {
         name: {
             group: {
-                m: _mean([r["value"] for r in rows if r[name] == group and r["metric"] == m]) for m in metrics
+                m: _mean([r["value"] for r in rows if r[name] == group and r["metric"] == m])
+                for m in [*metrics, *calibrated]
             }
             for group in dict.fromkeys(row[name] for row in rows)
         }
@@ -181,19 +190,16 @@ def summarise(rows: Sequence[Row], failed: dict[str, str]) -> dict[str, Any]:
         c: {m: _mean([r["value"] for r in rows if (r["class"], r["metric"]) == (c, m)]) for m in metrics}
         for c in classes
     }
-    calibration = [row for row in rows if row["class"] == ALL_CLASSES]
     return {
         # As in nnU-Net the mean of the classes' means, so that a rare class counts as much as any.
         "foreground_mean": {m: _mean([means[c][m] for c in classes]) for m in metrics},
         "mean": means,
         "metric_per_case": [{"case": case, "metrics": by_case[case]} for case in cases],
-        "calibration": {
-            m: _mean([row["value"] for row in calibration if row["metric"] == m])
-            for m in dict.fromkeys(row["metric"] for row in calibration)
-        },
         "by_domain": groups["domain"],
         "by_split": groups["split"],
-        "undefined": {m: sum(r["value"] is None for r in rows if r["metric"] == m) for m in metrics},
+        "undefined": {
+            m: sum(r["value"] is None for r in rows if r["metric"] == m) for m in [*metrics, *calibrated]
+        },
         "failed": failed,
     }
 
@@ -241,11 +247,28 @@ def _score_mask(case: Case, path: Path, dataset: Dataset, ours: bool, tolerance:
     beyond = int(mask.array.max())
     if beyond >= len(dataset.classes):
         raise DataError(f"class index {beyond}", where=path, expected=f"0 to {len(dataset.classes) - 1}")
-    scores = score_volume(mask, label, dataset, tolerance)
-    saved = path.parent / probabilities_name(case)
-    if not ours or not saved.is_file():
-        return scores
-    return scores + score_probabilities(read_probabilities(saved), mask, label, dataset, where=saved)
+    return score_volume(mask, label, dataset, tolerance)
+
+
+def _score_saved(mask_path: Path, digest: str, case: Case, dataset: Dataset) -> list[Score]:
+    """Score the probabilities saved with a mask, unless they were altered or deleted since."""
+    path = mask_path.parent / probabilities_name(case)
+    if not path.is_file() or atomic.sha256(path) != digest:
+        return []
+    mask = files.read_label(mask_path)
+    label = dataset.class_indices(case.label(), where=case.label_path)
+    return score_probabilities(read_probabilities(path), mask, label, dataset, where=path)
+
+
+def _groups_of(dataset: Dataset) -> list[tuple[int, ...]]:
+    """Return the class indices that each map of probabilities is about."""
+    return [tuple(g) for g in dataset.regions or [(index,) for index in range(len(dataset.classes))]]
+
+
+def _groups_of_plan(plan: dict[str, Any]) -> list[tuple[int, ...]]:
+    return [
+        tuple(g) for g in plan.get("regions") or [(index,) for index in range(len(plan.get("classes", ())))]
+    ]
 
 
 def _as_class_indices(mask: Volume, path: Path, dataset: Dataset) -> Volume:

@@ -179,6 +179,10 @@ class Training:
         # A tenth of what is left goes to validation, checkpoints and the final files.
         self.steps = int(self.fabric.broadcast(torch.tensor(max(1, int(0.9 * left_s() / step_s)))))
 
+    def warn(self, note: str) -> None:
+        """Tell the user something that does not stop the training."""
+        self.on_progress(Progress(self.step, self.steps, math.nan, self.dice, math.nan, note))
+
     def save(self) -> None:
         """Write a checkpoint that `restore` continues from.
 

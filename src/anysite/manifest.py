@@ -111,8 +111,8 @@ def manifest_path(output: Path, part: str = "1/1") -> Path:
     return output / (MANIFEST if part == "1/1" else f"predictions.{part.replace('/', '-of-')}.json")
 
 
-def read_manifests(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a prediction folder, all its parts joined.
+def read_manifests(folder: Path, origin: str | None = None) -> dict[str, Any]:
+    """Return the manifest of a prediction folder, all its parts joined, or those of one origin.
 
     Raises:
         FileFormatError: no manifest is there, or it is not one.
@@ -122,6 +122,8 @@ def read_manifests(folder: Path) -> dict[str, Any]:
     if not paths:
         raise FileFormatError(f"no {MANIFEST}", where=folder, expected="a folder written by anysite predict")
     parts = [_read_manifest(path) for path in paths]
+    if origin is not None:
+        parts = [part for part in parts if part.get("origin") == origin]
     if len({part.get("origin") for part in parts}) > 1:
         raise DataError(
             f"{', '.join(path.name for path in paths)} of different runs or settings",
@@ -129,7 +131,8 @@ def read_manifests(folder: Path) -> dict[str, Any]:
             fix="predict every part with the same runs, or delete the manifests that are out of date",
         )
     cases = {name: entry for part in parts for name, entry in part["cases"].items()}
-    return {"runs": [], **parts[0], "cases": cases}
+    listed = {name: digest for part in parts for name, digest in _files_of(part).items()}
+    return {"runs": [], **parts[0], "cases": cases, "files": listed}
 
 
 def mask_name(case: Case) -> str:

@@ -15,7 +15,7 @@ from anysite.data import files
 from anysite.data.case import Case, Dataset
 from anysite.data.layouts import find_cases, open_dataset, open_images
 from anysite.data.probabilities import read_probabilities, write_probabilities
-from anysite.errors import AnysiteError, ConfigError, DataError, FileFormatError
+from anysite.errors import AnysiteError, ConfigError, DataError, FileFormatError, describe_error
 from anysite.manifest import (
     Manifest,
     describe_case,
@@ -42,7 +42,6 @@ __all__ = [
     "select_part",
     "split_of",
     "write_probabilities",
-    "write_verdicts",
 ]
 
 
@@ -165,16 +164,16 @@ def predict(
         segmenter = segmenter or Segmenter(run_folders, settings, accelerator)
         split = split_of(case, run_folders, sites_known)
         yield _attempt_case(segmenter, case, split, manifest, save_probabilities)
-    write_verdicts(output)
+    write_verdicts(output, manifest.content["origin"])
 
 
-def write_verdicts(folder: Path) -> None:
-    """Write the verdicts of all parts of a prediction folder as verdicts.json and verdicts.csv.
+def write_verdicts(folder: Path, origin: str) -> None:
+    """Write the verdicts of all parts of one origin in a prediction folder as verdicts.json and verdicts.csv.
 
     Raises:
         FileFormatError: they cannot be written.
     """
-    entries = read_manifests(folder)["cases"]
+    entries = read_manifests(folder, origin)["cases"]
     cases = {name: entry["verdict"] for name, entry in sorted(entries.items()) if entry.get("verdict")}
     if not cases:
         return
@@ -209,7 +208,7 @@ def _attempt_case(
         entry |= _predict_case(segmenter, case, manifest, save_probabilities)
     # Memory that runs out for one large image, or a network that cannot take it, says nothing of the next.
     except (AnysiteError, RuntimeError, MemoryError) as caught:
-        error = _describe_error(caught)
+        error = describe_error(caught)
         entry |= {"status": "failed", "error": _without_folders(error, case, manifest.output)}
         # Files of an earlier call would pass for this one's.
         manifest.remove_files(_outputs_of(case, probabilities=True))
@@ -263,13 +262,6 @@ def _inputs_of(case: Case) -> list[Path]:
     return [*case.image_paths, *([case.label_path] if case.label_path else [])]
 
 
-def _describe_error(error: Exception) -> str:
-    if isinstance(error, AnysiteError):
-        return str(error)
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
 def _describe_run(run: Run) -> dict[str, Any]:
     known = ("preset", "dataset", "train_domains", "versions", "commit", "seconds", "steps", "threads")
     return {
@@ -307,6 +299,5 @@ def _require_unique(cases: Sequence[Case]) -> None:
 
 def _without_folders(text: str, case: Case, output: Path) -> str:
     """Keep folder names, which may identify people, out of what is stored."""
-    for path in (output / mask_name(case), *_inputs_of(case)):
-        text = text.replace(str(path), path.name)
-    return text
+    mask = output / mask_name(case)
+    return case.without_folders(text).replace(str(mask), mask.name)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from anysite.config import JudgeSettings
 from anysite.data.case import Case
 from anysite.detectors import Vector
-from anysite.errors import AnysiteError
+from anysite.errors import describe_error
 from anysite.judge import Judge
 from anysite.segment import Segmenter
 
@@ -33,8 +33,8 @@ def learn_references(
         for case in cases:
             try:
                 described.append(judge.describe(segmenter.observe(case.image(), flips)))
-            except (AnysiteError, RuntimeError, MemoryError) as error:  # as in a batch of predictions
-                failed[case.id] = str(error).strip().splitlines()[0]
+            except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost a finished training
+                failed[case.id] = case.without_folders(describe_error(error))
         return described
 
     known = describe(training, False if held_out else None)

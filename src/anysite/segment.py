@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from anysite import compute
-from anysite.calibration import Temperature, average_temperatures
+from anysite.calibration import Temperature
 from anysite.config import Config, PredictSettings
 from anysite.data.volume import Volume
 from anysite.detectors import Layer, Output, add_layers
@@ -34,13 +34,22 @@ class Prediction:
 
     Attributes:
         label: Class indices `(1, *S)` on the image's own grid.
-        probabilities: One map a class or region `(K, *S)` on the same grid, calibrated unless switched off.
+        raw: Probabilities as the networks say them, one map a class or region `(K, *S)`, on the same grid.
+        temperature: That calibrates them; it changes no voxel of the label.
+        overlapping: Whether they are of regions.
         verdict: What to do with the label; none where no run has a judge.
     """
 
     label: Volume
-    probabilities: Volume
+    raw: Volume
+    temperature: Temperature
+    overlapping: bool
     verdict: Verdict | None
+
+    @property
+    def probabilities(self) -> Volume:
+        """The calibrated probabilities, computed anew each time because few want them and they take memory."""
+        return self.raw.with_array(self.temperature.apply(self.raw.array, self.overlapping))
 
 
 class Segmenter:
@@ -94,8 +103,9 @@ class Segmenter:
             for name, detector in judge.detectors.items()
         }
         self.plan = runs[0].plan
-        temperatures = [run.temperature for run in runs] if self.settings.calibrate else [Temperature()]
-        self.temperature = average_temperatures(temperatures)
+        # The mean of several is less sure than each of them, so that their temperatures would overdo it.
+        calibrate = self.settings.calibrate and len(runs) == 1
+        self.temperature = runs[0].temperature if calibrate else Temperature()
         compute.keep_freed_memory()
 
     def segment(self, image: Volume) -> Prediction:
@@ -114,10 +124,8 @@ class Segmenter:
             total = probabilities if total is None else total + probabilities
         assert total is not None
         mean = image.with_array(total / len(self.members))
-        calibrated = self.temperature.apply(mean.array, bool(self.plan.regions))
-        # Decided before, so that calibration can change no voxel.
         verdict = average_verdicts(verdicts, self.reasons) if verdicts else None
-        return Prediction(self.plan.decide(mean), image.with_array(calibrated), verdict)
+        return Prediction(self.plan.decide(mean), mean, self.temperature, bool(self.plan.regions), verdict)
 
     def observe(self, image: Volume, flips: bool | None = None) -> Output:
         """Return what an image makes of the first run's network, on its plan's grid.

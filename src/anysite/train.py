@@ -20,7 +20,7 @@ from anysite import compute, registry, runs
 from anysite.calibrate import calibrate
 from anysite.config import Config, PretrainSettings, differing_settings
 from anysite.data.case import Dataset
-from anysite.errors import ConfigError, RunError
+from anysite.errors import ConfigError, RunError, describe_error
 from anysite.judge import Judge
 from anysite.learner import build_learner, needs_labels
 from anysite.loop import Progress, Training
@@ -162,13 +162,16 @@ def _fit(fabric: Fabric, job: _Job) -> None:
             training.fit_budget(lambda: budget_s - (time.monotonic() - job.started))
     began = time.monotonic()
     training.run()
+    trained = time.monotonic()
     if fabric.is_global_zero:
-        now = time.monotonic()
+        training.save()  # what follows takes a while, and an end of it must not cost the training
         calibration, judge = _learn_to_judge(training)
+        now = time.monotonic()
         facts = {
             "steps": training.steps,
             "seconds": round(now - job.started, 1),
-            "share_of_time_waiting_for_batches": round(training.waited_s / max(now - began, 1e-9), 4),
+            "seconds_judging": round(now - trained, 1),
+            "share_of_time_waiting_for_batches": round(training.waited_s / max(trained - began, 1e-9), 4),
             "threads": threads,
             "encoder": sorted(encoder_tensors(training.learner.network)),
         }
@@ -178,10 +181,21 @@ def _fit(fabric: Fabric, job: _Job) -> None:
 
 def _learn_to_judge(training: Training) -> tuple[dict[str, Any] | None, Judge | None]:
     """Return the calibration and the judge, as far as they are wanted and there are source cases for them."""
+    if training.held_out.unlabelled:
+        return None, None
+    try:
+        calibration, judge, failed = _observe_source_cases(training)
+    except Exception as error:  # noqa: BLE001 - the network is trained, whatever else cannot be learned of it
+        training.warn(f"no calibration and no verdicts: {describe_error(error)}")
+        return None, None
+    for case, error in failed.items():
+        training.warn(f"{case} is left out of calibration and judge: {error}")
+    return calibration, judge
+
+
+def _observe_source_cases(training: Training) -> tuple[dict[str, Any] | None, Judge | None, dict[str, str]]:
     config, held_out = training.config, training.held_out
     path, network = training.output, training.learner.network
-    if held_out.unlabelled:
-        return None, None
     run = runs.Run(path, config, training.plan, runs.read_splits(path), {})
     # A copy, because predicting by batch statistics would change the network.
     networks = [copy.deepcopy(network).eval()]
@@ -195,10 +209,7 @@ def _learn_to_judge(training: Training) -> tuple[dict[str, Any] | None, Judge | 
         references = training.trained_on.cases_by_turns[: config.judge.cases]
         judge, unseen = learn_references(segmenter, references, chosen, config.judge)
         failed |= unseen
-    for case, error in failed.items():
-        note = f"{case} is left out of calibration and judge: {error}"
-        training.on_progress(Progress(0, 0, math.nan, None, math.nan, note))
-    return calibration, judge
+    return calibration, judge, failed
 
 
 def _check_start(job: _Job, splits: Splits, network: Network) -> None:
@@ -305,7 +316,9 @@ def build_training(
     sampler = PatchSampler(cases.cases, plan, config.train, config.augment, config.seed, fabric.global_rank)
     torch.manual_seed(config.seed)
     learner = build_learner(config, plan, domains)
-    learner.network.to(memory_format=learner.network.memory_format)  # pyright: ignore[reportCallIssue]
+    for module in learner.modules():  # also the teacher that an objective may keep
+        if isinstance(module, Network):
+            module.to(memory_format=module.memory_format)  # pyright: ignore[reportCallIssue]
     circumstances = {
         "threads": threads,
         "torch": torch.__version__,

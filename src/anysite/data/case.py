@@ -54,6 +54,12 @@ class Case:
             )
         return image
 
+    def without_folders(self, text: str) -> str:
+        """Return a text in which the case's files have no folders, whose names may identify people."""
+        for path in (*self.image_paths, *([self.label_path] if self.label_path else [])):
+            text = text.replace(str(path), path.name)
+        return text
+
     def label(self) -> Volume:
         """Read the label map `(1, *S)` with the values stored in its file.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ from jaxtyping import Float
 from anysite import atomic
 from anysite.data.volume import Volume
 from anysite.errors import FileFormatError
+
+DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def write_probabilities(probabilities: Volume, path: Path) -> None:
@@ -29,10 +33,13 @@ def read_probabilities(path: Path) -> Float[np.ndarray, "k *s"]:
     """Read what `write_probabilities` wrote, in float32.
 
     Raises:
-        FileFormatError: the file is missing or holds something else.
+        FileFormatError: the file is missing, damaged or holds something else.
     """
     try:
-        with np.load(path, allow_pickle=False) as content:
-            return content["probabilities"].astype(np.float32)
-    except (OSError, ValueError, KeyError) as error:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+            probabilities = content["probabilities"].astype(np.float32)
+    except (*DAMAGED, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"not readable as probabilities ({error})", where=path) from error
+    if not ((probabilities >= 0) & (probabilities <= 1)).all():
+        raise FileFormatError("values that are no probabilities", where=path, expected="numbers from 0 to 1")
+    return probabilities

@@ -39,16 +39,17 @@ class MedContext(Objective):
         temperature: Of the teacher's probabilities; below 1 sharpens them.
         ramp: Share of training over which the consistency's weight rises from 0.
         ratio: Share of the image masked.
-        block_voxels: Side of a masked block; at least four lie along the patch's longest axis, and a block is
-            whole tokens of a transformer.
+        block_voxels: Side of a masked block, smaller where fewer than four would lie along the patch's longest
+            axis; then rounded to whole tokens of a transformer, at least one.
         tube: Blocks run through the whole first axis.
         place: "voxels": blocks of the image are blanked, so that nothing of them reaches any layer; "tokens": a
             transformer's tokens are replaced by a learned vector after their positions were added, while its
             convolutional skips see the whole image, as released. Networks without tokens always blank voxels.
         momentum: The teacher's, at the beginning and the end, by half a cosine (Caron et al., 2021,
             https://arxiv.org/abs/2104.14294).
-        compat: "official" as the released code computes: squared error of logits over the norm of the teacher's,
-            one mask for the whole batch, and a momentum near zero.
+        compat: "official" as the released code computes: squared error of logits over the norm of the teacher's
+            (whatever `divergence`, `region` and `temperature` say), one mask for the whole batch, and a momentum
+            near zero (whatever `momentum` says).
 
     Raises:
         ConfigError: a setting out of range.
@@ -75,6 +76,12 @@ class MedContext(Objective):
         where = "objectives.medcontext"
         require_counts(where, block_voxels=block_voxels)
         require_fractions(where, ratio=ratio, ramp=ramp)
+        for name, value in {
+            "supervised_weight": supervised_weight,
+            "consistency_weight": consistency_weight,
+        }.items():
+            if value < 0:
+                raise ConfigError(f"{value}", where=f"{where}.{name}", expected="0 or above")
         if temperature <= 0:
             raise ConfigError(f"{temperature}", where=f"{where}.temperature", expected="above 0")
         if not 0 <= momentum[0] <= momentum[1] <= 1:
