@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from anysite import atomic, cli, registry, runs
+from anysite.augment import blur
 from anysite.config import JudgeSettings
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
@@ -23,6 +24,8 @@ from anysite.detectors.mahalanobis import learn_components, measure
 from anysite.detectors.spectral import signature, split_signatures
 from anysite.errors import ConfigError, RunError
 from anysite.judge import EMPTY_REASON, REJECT, Judge, Verdict, average_verdicts, decide
+from anysite.learner import build_network
+from anysite.plan import Normalisation, Plan
 from anysite.predict import predict
 from anysite.references import learn_references
 from anysite.runs import Run
@@ -30,12 +33,17 @@ from anysite.segment import Segmenter, sum_layer
 from anysite.train import train
 from conftest import small_config
 
+PLAN = Plan(
+    dimension=2, image_dimension=2, spacing=(1.0, 1.0), unit="mm", channels=1, normalisation=(Normalisation(),),
+    patch_size=(64, 64), classes=("background", "disc"), label_values=(0, 1),
+)  # fmt: skip
 JUDGED = "judge.detectors={histogram = {}, spectral = {}, entropy = {}, nearest = {}, mahalanobis = {}}"
 Draw = Callable[..., Output]
+PATIENTS = [str(number) for number in range(100)]
 
 
 def layer_of(positions: np.ndarray) -> Layer:
-    return Layer(len(positions), positions.sum(0), positions.T @ positions)
+    return Layer(len(positions), len(positions), positions.sum(0), positions.T @ positions)
 
 
 @pytest.fixture
@@ -70,7 +78,7 @@ def test_every_detector_tells_one_kind_from_another(name: str, overlapping: bool
     far = [detector.distance(detector.describe(draw(1, overlapping=overlapping))) for _ in range(8)]
     assert min(far) > max(near)
     assert all(np.isfinite([*near, *far]))
-    alone = detector.leave_one_out(usual)
+    alone = detector.leave_one_out(usual, PATIENTS[:12])
     assert alone.shape == (12,)
     assert alone.max() < min(far)
     for key, array in detector.memory.items():  # unchanged by leaving out
@@ -82,13 +90,13 @@ def test_every_detector_tells_one_kind_from_another(name: str, overlapping: bool
 
 
 @pytest.mark.parametrize("name", registry.DETECTORS)
-def test_leaving_one_out_is_fitting_on_the_others(name: str, draw: Draw) -> None:
+def test_leaving_one_out_is_fitting_on_the_other_patients(name: str, draw: Draw) -> None:
     detector, twin = build(name), build(name)
-    vectors = np.stack([detector.describe(draw()) for _ in range(5)])
+    vectors = np.stack([detector.describe(draw()) for _ in range(6)])
     detector.fit(vectors)
-    alone = detector.leave_one_out(vectors)
-    twin.fit(vectors[[0, 1, 3, 4]])
-    assert alone[2] == twin.distance(vectors[2])
+    alone = detector.leave_one_out(vectors, ["a", "b", "c", "b", "d", "e"])
+    twin.fit(vectors[[0, 2, 4, 5]])
+    assert alone[[1, 3]].tolist() == [twin.distance(vectors[1]), twin.distance(vectors[3])]
 
 
 def test_signatures_are_those_of_the_singular_values(rng: np.random.Generator) -> None:
@@ -147,44 +155,101 @@ def test_windows_add_up_and_large_ones_are_thinned() -> None:
     (parts,) = add_layers([sum_layer(features[:1])], [sum_layer(features[1:])])
     np.testing.assert_allclose(parts.gram, whole.gram, rtol=1e-5)
     assert parts.count == whole.count == 70
+    assert parts.per_window == whole.per_window == 35
     assert 1000 <= sum_layer(torch.randn(1, 2, 100, 100)).count <= 4096
     assert sum_layer(torch.randn(1, 2, 40, 40, 40)).count <= 4096
 
 
-def judge_of(draw: Draw, count: int = 20, **settings: Any) -> Judge:
+def test_a_larger_image_of_the_same_kind_is_no_further_away() -> None:
+    """Deep layers, whose windows have fewer positions than channels, would tell the number of windows."""
+    network = build_network(
+        small_config("plan.patch_size=[64, 64]", "network.depth=4", "network.width=16"), PLAN
+    )
+    spectral = build("spectral")
+    torch.manual_seed(0)
+
+    def vector(windows: int) -> np.ndarray:
+        smoothness = 0.5 + 1.5 * torch.rand(1)  # of one image, all of its windows
+        layers: tuple[Layer, ...] = ()
+        with torch.no_grad():
+            for _ in range(windows):
+                window = blur(torch.randn(1, 1, 64, 64), smoothness)
+                features = network.eval().encode(window)
+                layers = add_layers(layers, [sum_layer(feature) for feature in features])
+        return spectral.describe(Output(np.zeros((1, 4, 4)), np.zeros((2, 4, 4)), False, layers))
+
+    spectral.fit(np.stack([vector(1) for _ in range(15)]))
+    usual, larger = ([spectral.distance(vector(count)) for _ in range(8)] for count in (1, 6))
+    assert np.median(larger) < max(usual)
+    assert len(split_signatures(vector(1))) == 2  # of four
+
+
+def judge_of(draw: Draw, count: int = 20, held_out: int = 20, **settings: Any) -> Judge:
     judge = Judge(JudgeSettings(**settings))
-    judge.fit([judge.describe(draw()) for _ in range(count)], [judge.describe(draw()) for _ in range(count)])
+    training = [judge.describe(draw()) for _ in range(count)]
+    judge.fit(training, [judge.describe(draw()) for _ in range(held_out)], PATIENTS[:count])
     return judge
 
 
-def test_the_false_alarm_rate_is_about_the_one_stated(draw: Draw) -> None:
-    judge = judge_of(draw, 60, false_alarms=0.2, detectors={"histogram": {}, "nearest": {}})
-    alarms = sum(judge.judge(draw()).decision != "accept" for _ in range(200))
-    assert 10 <= alarms <= 60  # 20 % of 200, within what sixty references can tell
-    assert all(judge.judge(draw(1)).decision != "accept" for _ in range(20))
+@pytest.mark.parametrize("held_out", [0, 5, 20])
+@pytest.mark.parametrize("count", [5, 30])
+def test_the_false_alarm_rate_is_about_the_one_stated(count: int, held_out: int, draw: Draw) -> None:
+    decisions = []
+    for _ in range(6):
+        judge = judge_of(draw, count, held_out, detectors={"histogram": {}, "nearest": {}})
+        decisions += [judge.judge(draw()).decision for _ in range(25)]
+        assert all(judge.judge(draw(1)).decision != "accept" for _ in range(5))
+    assert decisions.count("accept") >= 0.75 * len(decisions)
+    assert decisions.count("reject") <= 0.05 * len(decisions)
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(2, 0), (3, 2), (4, 4)])
+def test_too_few_patients_give_no_judge_rather_than_a_blind_one(
+    count: int, held_out: int, draw: Draw
+) -> None:
+    assert not judge_of(draw, count, held_out).detectors
+    assert judge_of(draw, count, 5).detectors  # held-out images are enough
+
+
+def test_siblings_of_one_patient_do_not_vouch_for_each_other(draw: Draw) -> None:
+    judge = Judge(JudgeSettings(detectors={"nearest": {"neighbours": 1}}))
+    twice = [vectors for vectors in (judge.describe(draw()) for _ in range(8)) for _ in range(2)]
+    judge.fit(twice, [], [PATIENTS[i // 2] for i in range(16)])
+    assert judge.limits["nearest"][0] > 0
+    judge.fit(twice, [], PATIENTS[:16])
+    assert judge.limits["nearest"][0] == 0
 
 
 def test_of_the_segmentation_only_held_out_images_are_references(draw: Draw) -> None:
     judge = Judge(JudgeSettings(detectors={"entropy": {}, "nearest": {}}))
     sure = [judge.describe(draw()) for _ in range(6)]
     unsure = [judge.describe(draw(1)) for _ in range(6)]
-    judge.fit(sure, unsure)
-    assert judge.limits["entropy"][1] == max(v["entropy"][0] for v in unsure)
-    assert judge.limits["nearest"][1] >= max(
-        judge.detectors["nearest"].leave_one_out(np.stack([v["nearest"] for v in sure]))
-    )
-    judge.fit(sure, [])
-    assert judge.limits["entropy"][1] == max(v["entropy"][0] for v in sure)
+    judge.fit(sure, unsure, PATIENTS[:6])
+    assert judge.limits["entropy"][0] == np.median([v["entropy"][0] for v in unsure])
+    judge.fit(sure, unsure[:4], PATIENTS[:6])
+    assert judge.limits["entropy"][0] == np.median([v["entropy"][0] for v in (*sure, *unsure[:4])])
 
 
 def test_finding_nothing_is_odd_where_something_was_always_found(draw: Draw) -> None:
     judge = judge_of(draw, detectors={"nearest": {}})
     verdict = judge.judge(draw(empty=True))
-    assert verdict.decision == "review"
+    assert verdict.decision != "accept"
     assert verdict.reasons[0] == EMPTY_REASON
     often = Judge(JudgeSettings(detectors={"nearest": {}}))
-    often.fit([often.describe(draw(empty=i % 4 == 0)) for i in range(20)], [])
+    often.fit([often.describe(draw(empty=i % 4 == 0)) for i in range(20)], [], PATIENTS[:20])
     assert EMPTY_REASON not in often.judge(draw(empty=True)).reasons
+
+
+def test_what_is_not_finite_is_rejected(draw: Draw) -> None:
+    judge = judge_of(draw, detectors={name: {} for name in registry.DETECTORS})
+    output = draw()
+    holes = output.probabilities.copy()
+    holes[:, :2] = np.nan
+    bad = replace(output.layers[0], gram=np.full((6, 6), np.nan), total=np.full(6, np.nan))
+    for broken in (replace(output, probabilities=holes), replace(output, layers=(bad, bad))):
+        verdict = judge.judge(broken)
+        assert verdict.decision == "reject"
+        assert None in verdict.scores.values()
 
 
 def test_decisions_follow_the_scores() -> None:
@@ -198,8 +263,13 @@ def test_decisions_follow_the_scores() -> None:
         "reject", ("reason a",), {"a": None, "b": 0.0}
     )
     both = [decide({"a": 0.0}, reasons), decide({"a": 3.0}, reasons)]
-    assert average_verdicts(both, reasons) == Verdict("review", ("reason a",), {"a": 1.5})
-    assert average_verdicts(both[:1], reasons) is both[0]
+    assert average_verdicts(both, reasons, False) == Verdict("review", ("reason a",), {"a": 1.5})
+    assert average_verdicts(both[:1], reasons, False) is both[0]
+    apart = [decide({"a": 8.0}, reasons), decide({"a": -70.0}, reasons)]
+    assert average_verdicts(apart, reasons, False).decision == "reject"
+    odd = [decide({"a": 0.0}, reasons, empty=True), decide({"a": 0.0}, reasons)]
+    assert average_verdicts(odd, reasons, True).reasons == (EMPTY_REASON,)
+    assert average_verdicts(odd, reasons, False).decision == "accept"
 
 
 def test_a_judge_is_the_same_after_storing(draw: Draw, tmp_path: Path) -> None:
@@ -261,7 +331,10 @@ def test_an_image_of_something_else_is_not_accepted(sites: Dataset, run: Run) ->
 def test_an_ensemble_has_one_verdict_from_both_judges(sites: Dataset, run: Run) -> None:
     image = sites.cases[0].image()
     alone, twice = (Segmenter(members).segment(image).verdict for members in ([run], [run, run]))
-    assert alone == twice
+    assert alone is not None
+    assert twice is not None
+    assert (alone.decision, alone.reasons) == (twice.decision, twice.reasons)
+    assert twice.scores == {name: max(0.0, score or 0.0) for name, score in alone.scores.items()}
     unjudged = replace(run, judge=None)
     assert Segmenter([unjudged]).segment(image).verdict is None
     assert Segmenter([unjudged, run]).segment(image).verdict == alone
@@ -283,10 +356,44 @@ def test_references_hold_no_image_and_an_altered_judge_is_noticed(run: Run, tmp_
 def test_a_case_that_cannot_be_read_is_named_and_the_rest_judges(sites: Dataset, run: Run) -> None:
     broken = replace(sites.cases[0], id="broken", image_paths=(Path("nowhere.png"),))
     segmenter, settings = Segmenter([run]), run.config.judge
-    judge, failed = learn_references(segmenter, [broken, *sites.cases[:3]], [sites.cases[4]], settings)
+    judge, failed = learn_references(segmenter, [broken, *sites.cases[:9]], [sites.cases[10]], settings)
     assert judge is not None
     assert list(failed) == ["broken"]
+    assert "/" not in failed["broken"]
     assert learn_references(segmenter, [broken, sites.cases[0]], [], settings)[0] is None
+
+
+def test_a_training_of_too_few_patients_says_that_it_will_not_judge(sites: Dataset, tmp_path: Path) -> None:
+    notes: list[str] = []
+    settings = small_config(
+        "judge.detectors={nearest = {}}",
+        "train.labelled_patients=2",
+        "train.steps=1",
+        "train.validation_fraction=0.1",
+    )
+    run = train(sites, settings, tmp_path / "run", on_progress=lambda progress: notes.append(progress.note))
+    assert run.judge is None
+    assert any("no verdicts" in note for note in notes)
+
+
+def test_verdicts_of_another_run_do_not_stay_and_foreign_files_do(
+    sites: Dataset, run: Run, tmp_path: Path
+) -> None:
+    list(predict([run], sites.cases[:2], tmp_path))
+    assert (tmp_path / "verdicts.csv").is_file()
+    list(
+        predict(
+            [replace(run, judge=None, manifest=run.manifest | {"files": {runs.WEIGHTS: "other"}})],
+            sites.cases[:2],
+            tmp_path,
+        )
+    )
+    assert not list(tmp_path.glob("verdicts.*"))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "verdicts.csv").write_text("mine")
+    with pytest.raises(ConfigError, match="verdicts.csv"):
+        list(predict([run], sites.cases[:2], other))
 
 
 def test_the_command_says_how_many_and_its_code_that_some_were_rejected(

@@ -211,7 +211,8 @@ class JudgeSettings(Settings):
         default_factory=lambda: {"histogram": {}, "spectral": {}, "entropy": {}},
         description="detector name to its settings; empty: no verdicts",
     )
-    cases: int = Field(default=30, gt=1, description="training cases kept as references at most")
+    cases: int = Field(default=30, gt=1, le=200, description="training cases kept as references at most")
+    held_out_cases: int = Field(default=20, ge=0, description="held-out cases that set limits at most")
     false_alarms: float = Field(
         default=0.05, gt=0, lt=1, description="share of images like those of training that is sent to review"
     )

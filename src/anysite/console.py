@@ -154,6 +154,8 @@ def show_verdicts(outcomes: Sequence[CaseOutcome], folder: Path) -> None:
     """Print how many masks may be used, and which may not."""
     judged = [outcome for outcome in outcomes if outcome.verdict]
     if not judged:
+        if outcomes:
+            say("no verdicts: the run has no judge")
         return
     count = Counter(outcome.verdict for outcome in judged)
     say(

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from scipy import special
 
 from anysite import registry
 from anysite.config import JudgeSettings
 from anysite.detectors import Detector, Output, Vector
 
+LEAST = 5  # distances that a limit can be learned from, and patients that one can be left out of
 REJECT = 3.0  # times as far beyond the usual as where a review begins
 EMPTY_REASON = "nothing was found, which was so in fewer than one of twenty images known"
 Decision = Literal["accept", "review", "reject"]
@@ -53,38 +55,63 @@ class Judge:
         self.share_empty = 0.0
 
     def describe(self, output: Output) -> dict[str, Vector]:
-        """Return the vector of every detector for an output, all that needs to be kept of it."""
-        vectors = {name: detector.describe(output) for name, detector in self.detectors.items()}
+        """Return the vector of every detector for an output, all that needs to be kept of it.
+
+        Where features or probabilities are not finite, so that nothing can be said, the vector is not either.
+        """
+        vectors: dict[str, Vector] = {}
+        finite = bool(np.isfinite(output.probabilities).all())
+        for name, detector in self.detectors.items():
+            try:
+                vectors[name] = detector.describe(output) if finite else np.array([np.nan])
+            except (ValueError, ArithmeticError):  # of matrices that are not finite
+                vectors[name] = np.array([np.nan])
         return vectors | {"empty": np.array([float(_is_empty(output))])}
 
-    def fit(self, training: Sequence[Mapping[str, Vector]], held_out: Sequence[Mapping[str, Vector]]) -> None:
+    def fit(
+        self,
+        training: Sequence[Mapping[str, Vector]],
+        held_out: Sequence[Mapping[str, Vector]],
+        patients: Sequence[str],
+    ) -> None:
         """Learn references from training images, and limits from them and from held-out ones.
 
-        Distances of training images are taken without themselves among the references. Of detectors that speak of
-        the segmentation they say nothing, and only held-out images count, if there are any. The false-alarm rate is
-        shared out among the detectors.
+        Distances of training images are taken with all images of their patient left out of the references. Of
+        detectors that speak of the segmentation they say nothing, and held-out images alone count where there are
+        enough. A limit is the quantile of the false-alarm rate, shared out among the detectors, or where a
+        normal distribution of these distances would have it, whichever is higher: of few images the quantile is
+        but the largest. Detectors with fewer than five distances are dropped.
+
+        Args:
+            training: What `describe` returned of training images.
+            held_out: The same of images not trained on.
+            patients: Of the training images.
         """
-        known = [*training, *held_out]
         share = 1 - self.settings.false_alarms / max(1, len(self.detectors))
-        for name, detector in self.detectors.items():
+        enough = len(dict.fromkeys(patients)) >= LEAST
+        for name, detector in list(self.detectors.items()):
             learned = np.stack([vectors[name] for vectors in training])
-            others = [vectors[name] for vectors in held_out]
             detector.fit(learned)
-            distances = [detector.distance(vector) for vector in others]
-            if detector.of_shift or not distances:
-                distances += detector.leave_one_out(learned).tolist() if len(learned) > 1 else []
-            usual = float(np.median(distances)) if distances else 0.0
-            limit = float(np.quantile(distances, share, method="higher")) if distances else np.inf
+            distances = [detector.distance(vectors[name]) for vectors in held_out]
+            if enough and (detector.of_shift or len(distances) < LEAST):
+                distances += detector.leave_one_out(learned, patients).tolist()
+            if len(distances) < LEAST:
+                del self.detectors[name]
+                continue
+            usual = float(np.median(distances))
+            normal = np.mean(distances) + special.ndtri(share) * np.std(distances, ddof=1)
+            limit = max(float(np.quantile(distances, share)), float(normal))
             self.limits[name] = usual, limit
-        self.share_empty = float(np.mean([vectors["empty"][0] for vectors in known]))
+        empty = [vectors["empty"][0] for vectors in (*training, *held_out)]
+        self.share_empty = float(np.mean(empty)) if empty else 1.0
 
     def judge(self, output: Output) -> Verdict:
         """Return the verdict on what the run's network made of one image."""
         described = self.describe(output)
-        scores = {
-            name: self._relative(name, detector.distance(described[name]))
-            for name, detector in self.detectors.items()
-        }
+        scores = {}
+        for name, detector in self.detectors.items():
+            known = np.isfinite(described[name]).all()
+            scores[name] = self._relative(name, detector.distance(described[name])) if known else np.nan
         return decide(scores, {name: d.reason for name, d in self.detectors.items()}, self._is_odd(described))
 
     def memory(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -98,8 +125,12 @@ class Judge:
         Raises:
             KeyError: something is missing.
         """
-        for name, detector in self.detectors.items():
-            self.limits[name] = tuple(facts["limits"][name])
+        for name, detector in list(self.detectors.items()):
+            if name not in facts["limits"]:
+                del self.detectors[name]
+                continue
+            usual, limit = facts["limits"][name]
+            self.limits[name] = float(usual), float(limit)
             detector.memory = {
                 key.removeprefix(f"{name}."): array
                 for key, array in arrays.items()
@@ -109,8 +140,6 @@ class Judge:
 
     def _relative(self, name: str, distance: float) -> float:
         usual, limit = self.limits[name]
-        if not np.isfinite(limit):
-            return 0.0
         return (distance - usual) / max(limit - usual, 1e-9 * max(1.0, abs(usual)))
 
     def _is_odd(self, vectors: Mapping[str, Vector]) -> bool:
@@ -132,16 +161,22 @@ def decide(scores: Mapping[str, float], reasons: Mapping[str, str], empty: bool 
     return Verdict(decision, tuple(stated), kept)
 
 
-def average_verdicts(verdicts: Sequence[Verdict], reasons: Mapping[str, str]) -> Verdict:
-    """Return the verdict of several runs on one image, from the means of their scores."""
+def average_verdicts(verdicts: Sequence[Verdict], reasons: Mapping[str, str], empty: bool) -> Verdict:
+    """Return the verdict of several runs on one image, from the means of their scores, below 0 counted as 0.
+
+    Args:
+        verdicts: One a run that judges.
+        reasons: Of every detector.
+        empty: Whether the mask they made together is.
+    """
     if len(verdicts) == 1:
         return verdicts[0]
     names = dict.fromkeys(name for verdict in verdicts for name in verdict.scores)
     means = {}
     for name in names:
         values = [verdict.scores[name] for verdict in verdicts if name in verdict.scores]
-        means[name] = float(np.mean([np.inf if value is None else value for value in values]))
-    return decide(means, reasons, all(EMPTY_REASON in verdict.reasons for verdict in verdicts))
+        means[name] = float(np.mean([np.inf if value is None else max(value, 0.0) for value in values]))
+    return decide(means, reasons, empty and any(EMPTY_REASON in verdict.reasons for verdict in verdicts))
 
 
 def _is_empty(output: Output) -> bool:

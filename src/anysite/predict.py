@@ -31,6 +31,7 @@ from anysite.runs import Run
 from anysite.segment import Prediction, Segmenter
 
 VERDICTS = "verdicts.json"
+VERDICT_FILES = (VERDICTS, "verdicts.csv")
 
 __all__ = [
     "CaseOutcome",
@@ -154,8 +155,11 @@ def predict(
         "settings": settings.model_dump(mode="json"),
     }
     manifest = Manifest(output, part, runs.fingerprint(origin), facts)
-    manifest.require_free([name for case in share for name in _outputs_of(case, save_probabilities)])
+    outputs = [name for case in share for name in _outputs_of(case, save_probabilities)]
+    manifest.require_free([*outputs, *VERDICT_FILES])
+    manifest.claim(VERDICT_FILES)
     manifest.write()
+    write_verdicts(manifest)  # those of other runs would pass for these
     segmenter: Segmenter | None = None
     for case in share:
         if manifest.is_done(case, save_probabilities):
@@ -164,18 +168,21 @@ def predict(
         segmenter = segmenter or Segmenter(run_folders, settings, accelerator)
         split = split_of(case, run_folders, sites_known)
         yield _attempt_case(segmenter, case, split, manifest, save_probabilities)
-    write_verdicts(output, manifest.content["origin"])
+    write_verdicts(manifest)
 
 
-def write_verdicts(folder: Path, origin: str) -> None:
-    """Write the verdicts of all parts of one origin in a prediction folder as verdicts.json and verdicts.csv.
+def write_verdicts(manifest: Manifest) -> None:
+    """Write the verdicts of all parts of one origin as verdicts.json and verdicts.csv beside the masks.
 
     Raises:
         FileFormatError: they cannot be written.
     """
-    entries = read_manifests(folder, origin)["cases"]
+    folder = manifest.output
+    entries = read_manifests(folder, manifest.content["origin"])["cases"]
     cases = {name: entry["verdict"] for name, entry in sorted(entries.items()) if entry.get("verdict")}
     if not cases:
+        for name in VERDICT_FILES:
+            (folder / name).unlink(missing_ok=True)
         return
     text = io.StringIO()
     names = list(dict.fromkeys(name for verdict in cases.values() for name in verdict["scores"]))
@@ -184,14 +191,16 @@ def write_verdicts(folder: Path, origin: str) -> None:
     for case, verdict in cases.items():
         values = [verdict["scores"].get(name) for name in names]
         scores = ["" if value is None else f"{value:.3f}" for value in values]
-        table.writerow([case, verdict["decision"], "; ".join(verdict["reasons"]), *scores])
+        # A spreadsheet would take these for formulas.
+        name = f"'{case}" if case.startswith(("=", "+", "-", "@")) else case
+        table.writerow([name, verdict["decision"], "; ".join(verdict["reasons"]), *scores])
     shown = {
         case: {"verdict": v["decision"], "reasons": list(v["reasons"]), "scores": v["scores"]}
         for case, v in cases.items()
     }
     try:
         atomic.write_json(folder / VERDICTS, {"cases": shown})
-        atomic.write_text((folder / VERDICTS).with_suffix(".csv"), text.getvalue())
+        atomic.write_text(folder / VERDICT_FILES[1], text.getvalue())
     except OSError as error:
         raise FileFormatError(f"cannot be written ({error.strerror})", where=folder / VERDICTS) from error
 
@@ -207,7 +216,7 @@ def _attempt_case(
     try:
         entry |= _predict_case(segmenter, case, manifest, save_probabilities)
     # Memory that runs out for one large image, or a network that cannot take it, says nothing of the next.
-    except (AnysiteError, RuntimeError, MemoryError) as caught:
+    except (AnysiteError, RuntimeError, MemoryError, ValueError, ArithmeticError) as caught:
         error = describe_error(caught)
         entry |= {"status": "failed", "error": _without_folders(error, case, manifest.output)}
         # Files of an earlier call would pass for this one's.

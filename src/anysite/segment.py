@@ -124,8 +124,9 @@ class Segmenter:
             total = probabilities if total is None else total + probabilities
         assert total is not None
         mean = image.with_array(total / len(self.members))
-        verdict = average_verdicts(verdicts, self.reasons) if verdicts else None
-        return Prediction(self.plan.decide(mean), mean, self.temperature, bool(self.plan.regions), verdict)
+        label = self.plan.decide(mean)
+        verdict = average_verdicts(verdicts, self.reasons, not label.array.any()) if verdicts else None
+        return Prediction(label, mean, self.temperature, bool(self.plan.regions), verdict)
 
     def observe(self, image: Volume, flips: bool | None = None) -> Output:
         """Return what an image makes of the first run's network, on its plan's grid.
@@ -183,14 +184,15 @@ class _Member:
 
 
 def sum_layer(features: Float[Tensor, "b w *t"]) -> Layer:
-    """Return the sums over a layer's positions, of a regular grid of at most 4,096 an image."""
+    """Return the sums over a layer's positions, of a regular grid of about 4,096 a window at most."""
     step = max(1, math.ceil((math.prod(features.shape[2:]) / POSITIONS) ** (1 / (features.ndim - 2))))
     places = (slice(None), slice(None), *[slice(None, None, step)] * (features.ndim - 2))
     positions = features[places].movedim(1, -1).flatten(0, -2)
     with torch.autocast(features.device.type, enabled=False):
-        positions = positions.float()
+        positions = positions.double()
         gram, total = positions.T @ positions, positions.sum(0)
-    return Layer(len(positions), total.double().cpu().numpy(), gram.double().cpu().numpy())
+    count = len(positions)
+    return Layer(count, count // len(features), total.cpu().numpy(), gram.cpu().numpy())
 
 
 def use_batch_statistics(network: nn.Module, where: Path) -> None:

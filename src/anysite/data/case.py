@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -105,10 +105,17 @@ class Dataset:
 
     @property
     def cases_by_turns(self) -> tuple[Case, ...]:
-        """The cases, their sites taking turns, so that any beginning of them holds all sites alike."""
-        by_site = [[case for case in self.cases if case.domain == domain] for domain in self.domains]
-        turns = itertools.zip_longest(*by_site)
-        return tuple(case for turn in turns for case in turn if case is not None)
+        """The cases, sites and within them patients taking turns, so that any beginning of them holds all alike."""
+
+        def take_turns(groups: Iterable[Sequence[Case]]) -> list[Case]:
+            return [case for turn in itertools.zip_longest(*groups) for case in turn if case is not None]
+
+        by_site = []
+        for domain in self.domains:
+            cases = [case for case in self.cases if case.domain == domain]
+            patients = dict.fromkeys(case.patient for case in cases)
+            by_site.append(take_turns([case for case in cases if case.patient == p] for p in patients))
+        return tuple(take_turns(by_site))
 
     @property
     def labelled(self) -> tuple[Case, ...]:

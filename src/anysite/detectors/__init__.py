@@ -20,16 +20,19 @@ class Layer:
 
     Attributes:
         count: Number of positions.
+        per_window: Of those, the number that one window gave.
         total: Sum of the features.
         gram: Sum of their outer products, so that windows add up.
     """
 
     count: int
+    per_window: int
     total: Float[np.ndarray, " w"]
     gram: Float[np.ndarray, "w w"]
 
     def __add__(self, other: Layer) -> Layer:
-        return Layer(self.count + other.count, self.total + other.total, self.gram + other.gram)
+        per_window = min(self.per_window, other.per_window)
+        return Layer(self.count + other.count, per_window, self.total + other.total, self.gram + other.gram)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,15 +81,16 @@ class Detector(ABC):
     def distance(self, vector: Vector) -> float:
         """Return how far a vector lies from training; higher is further."""
 
-    def leave_one_out(self, vectors: Vectors) -> Float[np.ndarray, " n"]:
-        """Return the distance of every vector from all others."""
+    def leave_one_out(self, vectors: Vectors, patients: Sequence[str]) -> Float[np.ndarray, " n"]:
+        """Return the distance of every vector from those of all other patients."""
         kept = self.memory
-        distances = []
-        for index, vector in enumerate(vectors):
-            self.fit(np.delete(vectors, index, axis=0))
-            distances.append(self.distance(vector))
+        distances = np.empty(len(vectors))
+        for patient in dict.fromkeys(patients):
+            own = np.array([other == patient for other in patients])
+            self.fit(vectors[~own])
+            distances[own] = [self.distance(vector) for vector in vectors[own]]
         self.memory = kept
-        return np.array(distances)
+        return distances
 
 
 def mean_feature(layer: Layer) -> Vector:

@@ -29,19 +29,21 @@ class Entropy(Detector):
 
     def describe(self, output: Output) -> Vector:
         """Return the mean entropy, 1 if nothing were known; over the whole image where nothing was found."""
-        chances = output.probabilities.astype(np.float64)
-        if output.overlapping:
-            entropy = (special.entr(chances) + special.entr(1 - chances)).mean(0) / np.log(2)
-            label = (
-                (chances > 0.5) * 2.0 ** np.arange(len(chances)).reshape(-1, *[1] * (chances.ndim - 1))
-            ).sum(0)
-        else:
-            entropy = special.entr(chances).sum(0) / np.log(len(chances))
-            label = chances.argmax(0)
+        entropy = np.zeros(output.probabilities.shape[1:], np.float32)
+        label = np.zeros(entropy.shape, np.int32)
+        for index, chance in enumerate(output.probabilities):  # one at a time, for the sake of memory
+            entropy += special.entr(chance)
+            if output.overlapping:
+                entropy += special.entr(1 - chance)
+                label |= (chance > 0.5).astype(np.int32) << index
+        if not output.overlapping:
+            label = output.probabilities.argmax(0)
+        count = len(output.probabilities)
+        entropy /= count * np.log(2) if output.overlapping else np.log(count)
         around = ndimage.binary_dilation(label > 0, iterations=EDGE)
         if self.region == "inside":
             edge = ndimage.maximum_filter(label, 2 * EDGE + 1) != ndimage.minimum_filter(label, 2 * EDGE + 1)
-            around &= ~edge
+            around = around & ~edge if (around & ~edge).any() else around  # thin structures are all edge
         return np.array([entropy[around].mean() if around.any() else entropy.mean()])
 
     def fit(self, vectors: Vectors) -> None:

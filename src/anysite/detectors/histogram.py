@@ -27,7 +27,7 @@ class Histogram(Detector):
         ConfigError: a setting out of range.
     """
 
-    reason = "its brightness and contrast are unlike those of the training images"
+    reason = "the distribution of its intensities is unlike that of the training images"
 
     def __init__(self, *, bins: int = 64, variance: float = 0.99) -> None:
         super().__init__()

@@ -15,13 +15,17 @@ from anysite.detectors import Detector, Layer, Output, Vector, Vectors
 
 POSITIONS = 10_000  # to which every image is scaled, so that its size does not count
 SMALLEST = 1e-5  # singular value, relative to the largest
+FULL = (
+    16  # positions a channel that one window must give; with fewer the number of windows shapes the spectrum
+)
 
 
 class Spectral(Detector):
     """How unlike those of training images the singular values of the network's features are.
 
     Args:
-        layers: "all" of the encoder, each in units of how far training images lie apart, or the "bottleneck".
+        layers: "all" of the encoder whose windows have at least 16 times as many positions as channels, each in
+            units of how far training images lie apart, or the deepest of them ("bottleneck").
     """
 
     reason = "its texture and structure, as the network sees them, are unlike those of the training images"
@@ -32,7 +36,10 @@ class Spectral(Detector):
 
     def describe(self, output: Output) -> Vector:
         """Return the signatures of the layers one after the other, each led by its length."""
-        chosen = output.layers if self.layers == "all" else output.layers[-1:]
+        chosen = [layer for layer in output.layers if layer.per_window >= FULL * len(layer.total)]
+        chosen = chosen or [max(output.layers, key=lambda layer: layer.per_window / len(layer.total))]
+        if self.layers == "bottleneck":
+            chosen = chosen[-1:]
         signatures = [signature(layer) for layer in chosen]
         return np.concatenate([part for s in signatures for part in ([len(s)], s)])
 

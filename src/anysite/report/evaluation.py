@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -61,8 +62,9 @@ class CaseLine:
 
 @dataclass(frozen=True)
 class Judged:
-    """The cases of one verdict: how many, their mean Dice, how many failed, and a middling one with its picture."""
+    """The cases of one role and verdict: how many, their Dice, how many failed, and a middling one as a picture."""
 
+    split: str
     decision: str
     cases: int
     dice: Estimate | None
@@ -184,28 +186,34 @@ def _worst(source: Source, scores: Sequence[CaseScore]) -> Iterable[Shown]:
 
 
 def _judged(source: Source, scores: Sequence[CaseScore]) -> Iterable[Judged]:
-    """Group cases that were not trained on by their verdict; the masks accepted in error are what counts."""
+    """Group cases by their role and verdict; the failed masks that were accepted are what counts.
+
+    Held-out cases stand apart, because limits are set by such cases.
+    """
     assert source.predictions is not None
     cases = source.predictions.cases
     by_case = {score.case: score for score in scores}
-    for decision in DECISIONS:
+    shown: set[str] = set()
+    for split, decision in itertools.product(("unseen", "in_domain", "unknown"), DECISIONS):
         chosen = {
             name: case
             for name, case in cases.items()
-            if case.verdict and case.verdict.decision == decision and case.split != "training"
+            if case.split == split and case.verdict and case.verdict.decision == decision
         }
+        if not chosen:
+            continue
         found = [by_case[name] for name in chosen if name in by_case]
         values = [score.value for score in found if score.value is not None]
         middle = median_case(s for s in found if cases[s.case].mask)
         name = middle.case if middle else next((name for name, case in chosen.items() if case.mask), None)
         example = None
-        if name is not None:
+        if name is not None and decision not in shown:
+            shown.add(decision)
             case = cases[name]
             picture = _draw(source, name, case)
             example = Shown(name, case.domain, case.split, picture, middle, verdict=case.verdict)
-        if chosen:
-            failed = sum(value < FAILED for value in values)
-            yield Judged(decision, len(chosen), estimate(found), failed, len(values), example)
+        failed = sum(value < FAILED for value in values)
+        yield Judged(split, decision, len(chosen), estimate(found), failed, len(values), example)
 
 
 def _draw(source: Source, case_id: str, case: PredictedCase) -> Picture:
