@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from anysite import atomic, compute, config, runs
+from anysite import compute, config
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
 from anysite.segment import Segmenter
 from anysite.train import train
+from side_by_side import report_dimensions
 
 SETTINGS = {
     2: (384, ["plan.patch_size=[192, 192]"]),
@@ -72,14 +73,10 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     threads = compute.use_threads(arguments.threads)
-    rows = []
-    for dimension in (2, 3):
-        row = compare(dimension, arguments.rounds, threads)
-        row |= {"threads": threads, "torch": torch.__version__, "commit": runs.commit()}
-        print(row, flush=True)
-        rows.append(row)
-    if arguments.output:
-        atomic.write_json(arguments.output, rows)
+    report_dimensions(
+        lambda dimension: compare(dimension, arguments.rounds, threads), arguments.output,
+        threads=threads, torch=torch.__version__,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from anysite import atomic, compute, config, runs
+from anysite import compute, config, runs
 from anysite.augment import mix_with_partners
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
@@ -24,7 +24,7 @@ from anysite.loop import Training
 from anysite.plan import learn_plan
 from anysite.splits import split
 from anysite.train import build_training, start_fabric
-from side_by_side import Advance, taking_turns
+from side_by_side import Advance, report_dimensions, taking_turns
 
 PATCHES = {2: "[192, 192]", 3: "[64, 64, 64]"}
 STEPS = 2
@@ -127,14 +127,10 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     threads = compute.use_threads(arguments.threads)
-    rows = []
-    for dimension in (2, 3):
-        row = compare(arguments.method, dimension, arguments.rounds, threads)
-        row |= {"threads": threads, "torch": torch.__version__, "commit": runs.commit()}
-        print(row, flush=True)
-        rows.append(row)
-    if arguments.output:
-        atomic.write_json(arguments.output, rows)
+    report_dimensions(
+        lambda dimension: compare(arguments.method, dimension, arguments.rounds, threads), arguments.output,
+        threads=threads, torch=torch.__version__,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

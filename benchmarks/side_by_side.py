@@ -8,9 +8,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+from anysite import atomic, runs
+
 Advance = Callable[[], Any]
+
+
+def report_dimensions(compare: Callable[[int], dict[str, Any]], output: Path | None, **facts: Any) -> None:
+    """Print the row that `compare` makes for two and for three dimensions, and write both to `output`."""
+    rows = []
+    for dimension in (2, 3):
+        row = compare(dimension) | facts | {"commit": runs.commit()}
+        print(row, flush=True)
+        rows.append(row)
+    if output:
+        atomic.write_json(output, rows)
 
 
 class Side:

@@ -22,14 +22,14 @@ from monai.data.dataloader import DataLoader
 from monai.data.dataset import CacheDataset
 from monai.losses.dice import DiceCELoss
 
-from anysite import atomic, compute, config, runs
+from anysite import compute, config, runs
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
 from anysite.learner import build_network
 from anysite.plan import Plan, learn_plan
 from anysite.splits import split
 from anysite.train import build_training, start_fabric
-from side_by_side import Advance, taking_turns
+from side_by_side import Advance, report_dimensions, taking_turns
 
 KEYS = ["image", "label"]
 SETTINGS = {
@@ -155,14 +155,10 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     threads = compute.use_threads()
-    rows = []
-    for dimension in (2, 3):
-        row = compare(dimension, arguments.rounds, arguments.steps)
-        row |= {"threads": threads, "precision": compute.choose_precision("auto"), "commit": runs.commit()}
-        print(row, flush=True)
-        rows.append(row)
-    if arguments.output:
-        atomic.write_json(arguments.output, rows)
+    report_dimensions(
+        lambda dimension: compare(dimension, arguments.rounds, arguments.steps), arguments.output,
+        threads=threads, precision=compute.choose_precision("auto"),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
