@@ -172,7 +172,7 @@ def test_corrupted_copies_of_held_out_images_are_scored_beside_the_clean_ones(
     assert third.error == ""
     severities = {r["severity"] for r in read_rows(output) if r["corruption"] == "jpeg"}
     assert severities == {1, 3, 5}
-    monkeypatch.setattr("anysite.benchmark._version_of", lambda name: f"{name}/changed")
+    monkeypatch.setattr("anysite.experiment.version_of", lambda name: f"{name}/changed")
     (job,) = unfinished(listed("jpeg"), output)
     assert job.corruptions == ("jpeg",)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,23 @@ from anysite.detectors import Detector, Layer, Output, add_layers
 from anysite.detectors.mahalanobis import learn_components, measure
 from anysite.detectors.spectral import signature, split_signatures
 from anysite.errors import ConfigError, RunError
-from anysite.judge import EMPTY_REASON, REJECT, Judge, Verdict, average_verdicts, decide
+from anysite.judge import (
+    COMBINED,
+    EMPTY_REASON,
+    QUALITY,
+    REJECT,
+    Judge,
+    Reference,
+    Verdict,
+    average_verdicts,
+    decide,
+)
 from anysite.learner import build_network
 from anysite.plan import Normalisation, Plan
 from anysite.predict import predict
 from anysite.references import learn_references
 from anysite.runs import Run
-from anysite.segment import Segmenter, sum_layer
+from anysite.segment import Segmenter, count_agreement, sum_layer
 from anysite.train import train
 from conftest import small_config
 
@@ -58,7 +68,9 @@ def draw(rng: np.random.Generator) -> Draw:
         logits = -distance * (0.3 if kind else 2.0) - (100 if empty else 0)
         found = 1 / (1 + np.exp(-logits))
         maps = np.stack([found, found / 2]) if overlapping else np.stack([1 - found, found])
-        return Output(image, maps, overlapping, layers)
+        mirrored = np.roll(maps, 1 + 5 * kind, axis=-1)
+        views = [torch.from_numpy(view)[None] for view in (maps, mirrored)]
+        return Output(image, maps, overlapping, layers, count_agreement(views, overlapping))
 
     return make
 
@@ -184,10 +196,22 @@ def test_a_larger_image_of_the_same_kind_is_no_further_away() -> None:
     assert len(split_signatures(vector(1))) == 2  # of four
 
 
-def judge_of(draw: Draw, count: int = 20, held_out: int = 20, **settings: Any) -> Judge:
+def references(vectors: Sequence[dict[str, np.ndarray]], first: int = 0) -> list[Reference]:
+    """Each of a patient of its own."""
+    return [Reference(described, str(first + index)) for index, described in enumerate(vectors)]
+
+
+def judge_of(draw: Draw, count: int = 20, held_out: int = 20, shifted: int = 0, **settings: Any) -> Judge:
     judge = Judge(JudgeSettings(**settings))
-    training = [judge.describe(draw()) for _ in range(count)]
-    judge.fit(training, [judge.describe(draw()) for _ in range(held_out)], PATIENTS[:count])
+    training = references([judge.describe(draw()) for _ in range(count)])
+    clean = references([judge.describe(draw()) for _ in range(held_out)], 100)
+    strange = references([judge.describe(draw(1)) for _ in range(shifted)], 100)
+    dice = np.random.default_rng(0).normal(0, 0.02, size=held_out + shifted)
+    judge.fit(
+        training,
+        [replace(r, dice=0.9 + error) for r, error in zip(clean, dice, strict=False)]
+        + [replace(r, dice=0.4 + e, shifted=True) for r, e in zip(strange, dice[held_out:], strict=True)],
+    )
     return judge
 
 
@@ -214,9 +238,9 @@ def test_too_few_patients_give_no_judge_rather_than_a_blind_one(
 def test_siblings_of_one_patient_do_not_vouch_for_each_other(draw: Draw) -> None:
     judge = Judge(JudgeSettings(detectors={"nearest": {"neighbours": 1}}))
     twice = [vectors for vectors in (judge.describe(draw()) for _ in range(8)) for _ in range(2)]
-    judge.fit(twice, [], [PATIENTS[i // 2] for i in range(16)])
+    judge.fit([Reference(vectors, str(i // 2)) for i, vectors in enumerate(twice)], [])
     assert judge.limits["nearest"][0] > 0
-    judge.fit(twice, [], PATIENTS[:16])
+    judge.fit(references(twice), [])
     assert judge.limits["nearest"][0] == 0
 
 
@@ -224,9 +248,9 @@ def test_of_the_segmentation_only_held_out_images_are_references(draw: Draw) -> 
     judge = Judge(JudgeSettings(detectors={"entropy": {}, "nearest": {}}))
     sure = [judge.describe(draw()) for _ in range(6)]
     unsure = [judge.describe(draw(1)) for _ in range(6)]
-    judge.fit(sure, unsure, PATIENTS[:6])
+    judge.fit(references(sure), references(unsure))
     assert judge.limits["entropy"][0] == np.median([v["entropy"][0] for v in unsure])
-    judge.fit(sure, unsure[:4], PATIENTS[:6])
+    judge.fit(references(sure), references(unsure[:4]))
     assert judge.limits["entropy"][0] == np.median([v["entropy"][0] for v in (*sure, *unsure[:4])])
 
 
@@ -236,12 +260,12 @@ def test_finding_nothing_is_odd_where_something_was_always_found(draw: Draw) -> 
     assert verdict.decision != "accept"
     assert verdict.reasons[0] == EMPTY_REASON
     often = Judge(JudgeSettings(detectors={"nearest": {}}))
-    often.fit([often.describe(draw(empty=i % 4 == 0)) for i in range(20)], [], PATIENTS[:20])
+    often.fit(references([often.describe(draw(empty=i % 4 == 0)) for i in range(20)]), [])
     assert EMPTY_REASON not in often.judge(draw(empty=True)).reasons
 
 
 def test_what_is_not_finite_is_rejected(draw: Draw) -> None:
-    judge = judge_of(draw, detectors={name: {} for name in registry.DETECTORS})
+    judge = judge_of(draw, shifted=10, detectors={name: {} for name in registry.DETECTORS})
     output = draw()
     holes = output.probabilities.copy()
     holes[:, :2] = np.nan
@@ -250,6 +274,23 @@ def test_what_is_not_finite_is_rejected(draw: Draw) -> None:
         verdict = judge.judge(broken)
         assert verdict.decision == "reject"
         assert None in verdict.scores.values()
+        assert verdict.predicted_dice is None
+
+
+def test_the_dice_to_expect_is_withdrawn_from_images_unlike_those_known(draw: Draw) -> None:
+    judge = judge_of(draw, shifted=20, detectors={name: {} for name in registry.DETECTORS})
+    known = [judge.judge(draw()) for _ in range(40)]
+    told = [verdict.predicted_dice for verdict in known if verdict.predicted_dice is not None]
+    assert len(told) >= 30
+    assert all(0 <= low <= middle <= high <= 1 for low, middle, high in told)
+    assert np.mean([low <= 0.9 <= high for low, _, high in told]) >= 0.8
+    assert {*known[0].scores} == {*registry.DETECTORS, COMBINED, QUALITY}
+    strange = [judge.judge(draw(1)) for _ in range(10)]
+    assert all(verdict.predicted_dice is None for verdict in strange)
+    assert min(v.scores[COMBINED] or 0 for v in strange) > max(v.scores[COMBINED] or 0 for v in known)
+    assert all(verdict.scores[QUALITY] is not None for verdict in strange)
+    alone = judge_of(draw, shifted=0, detectors={"nearest": {}}).judge(draw())
+    assert (alone.predicted_dice, {*alone.scores}) == (None, {"nearest"})
 
 
 def test_decisions_follow_the_scores() -> None:
@@ -274,7 +315,8 @@ def test_decisions_follow_the_scores() -> None:
 
 def test_a_judge_is_the_same_after_storing(draw: Draw, tmp_path: Path) -> None:
     settings = JudgeSettings(detectors={name: {} for name in registry.DETECTORS})
-    judge = judge_of(draw, detectors=settings.detectors)
+    judge = judge_of(draw, shifted=10, detectors=settings.detectors)
+    assert set(judge.weights) == {COMBINED, QUALITY}
     arrays, facts = judge.memory()
     runs.save_tensors(
         tmp_path / "judge.safetensors", {n: torch.from_numpy(a.copy()) for n, a in arrays.items()}, facts
@@ -282,8 +324,8 @@ def test_a_judge_is_the_same_after_storing(draw: Draw, tmp_path: Path) -> None:
     tensors, read = runs.load_tensors(tmp_path / "judge.safetensors")
     again = Judge(settings)
     again.recall({name: t.numpy() for name, t in tensors.items()}, read)
-    output = draw(1)
-    assert again.judge(output) == judge.judge(output)
+    for output in (draw(), draw(1)):
+        assert again.judge(output) == judge.judge(output)
 
 
 @pytest.fixture(scope="module")
@@ -356,11 +398,13 @@ def test_references_hold_no_image_and_an_altered_judge_is_noticed(run: Run, tmp_
 def test_a_case_that_cannot_be_read_is_named_and_the_rest_judges(sites: Dataset, run: Run) -> None:
     broken = replace(sites.cases[0], id="broken", image_paths=(Path("nowhere.png"),))
     segmenter, settings = Segmenter([run]), run.config.judge
-    judge, failed = learn_references(segmenter, [broken, *sites.cases[:9]], [sites.cases[10]], settings)
+    judge, failed = learn_references(
+        segmenter, [broken, *sites.cases[:9]], [sites.cases[10]], sites, settings
+    )
     assert judge is not None
     assert list(failed) == ["broken"]
     assert "/" not in failed["broken"]
-    assert learn_references(segmenter, [broken, sites.cases[0]], [], settings)[0] is None
+    assert learn_references(segmenter, [broken, sites.cases[0]], [], sites, settings)[0] is None
 
 
 def test_a_training_of_too_few_patients_says_that_it_will_not_judge(sites: Dataset, tmp_path: Path) -> None:

@@ -261,6 +261,12 @@ def predict(
     include_training: Annotated[
         bool, typer.Option("--include-training", help="also cases the run was trained on")
     ] = False,
+    referral: Annotated[
+        float | None,
+        typer.Option(
+            help="share of the images that a person can look at, such as 0.2; default: as verdicts say"
+        ),
+    ] = None,
     accelerator: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     plugin: Plugins = None,
 ) -> None:
@@ -270,6 +276,7 @@ def predict(
     _trust(plugin)
     from anysite import console, runs
     from anysite import predict as prediction
+    from anysite.verdicts import VERDICTS, read_verdicts
 
     *folders, source = runs_and_input
     opened = [runs.open_run(folder) for folder in folders]
@@ -284,7 +291,7 @@ def predict(
     with console.case_bar(len(share), "predicting") as advance:
         for outcome in prediction.predict(
             opened, cases, output, flips=flips, calibrate=calibrate, save_probabilities=save_probabilities, part=part,
-            dataset=dataset, sites_known=sites_known, accelerator=accelerator,
+            referral=referral, dataset=dataset, sites_known=sites_known, accelerator=accelerator,
         ):  # fmt: skip
             outcomes.append(outcome)
             advance(outcome)
@@ -293,16 +300,18 @@ def predict(
         f"{count['done']} masks written to {output}, {count['skipped']} were there already, "
         f"{count['failed']} cases failed"
     )
-    console.show_verdicts(outcomes, output)
+    verdicts = read_verdicts(output)
+    judged = {case.id: verdicts[case.id]["verdict"] for case in share if case.id in verdicts}
+    console.show_verdicts(judged, len(share), output)
     if count["failed"]:
         raise BatchError(
             f"{count['failed']} of {len(share)} cases failed",
             fix=f"the reasons are above and in {prediction.manifest_path(output, part)}",
         )
-    if rejected := sum(outcome.verdict == "reject" for outcome in outcomes):
+    if rejected := list(judged.values()).count("reject"):
         raise RejectedMasks(
             f"{rejected} of {len(share)} masks were rejected",
-            fix=f"the reasons are in {output / prediction.VERDICTS}; all masks are written",
+            fix=f"the reasons are in {output / VERDICTS}; all masks are written",
         )
 
 
@@ -357,7 +366,9 @@ def benchmark(
     test_domain: Annotated[
         list[str] | None, typer.Option(help="leave out only this site (repeatable)")
     ] = None,
-    metrics: Annotated[str, typer.Option(help="metrics to keep rows of, separated by commas")] = "dice",
+    metrics: Annotated[
+        str, typer.Option(help="metrics to keep rows of, separated by commas; verdict keeps every score")
+    ] = "dice",
     labels: Annotated[
         str,
         typer.Option(
@@ -371,6 +382,10 @@ def benchmark(
         ),
     ] = "",
     severities: Annotated[str, typer.Option(help="of the corruptions, 1 to 5")] = "1,2,3,4,5",
+    others: Annotated[
+        list[Path] | None,
+        typer.Option(help="also judge images of this other dataset, which should be rejected (repeatable)"),
+    ] = None,
     set_: Overrides = None,
     normalisation: Annotated[
         str,
@@ -395,6 +410,7 @@ def benchmark(
         open_dataset(dataset), dataset, methods.split(","), numbers, protocol,
         overrides, None if budget is None else parse_duration(budget), test_domain or [], metrics.split(","),
         counts, corruptions.split(",") if corruptions else [], _whole_numbers("--severities", severities),
+        others or [],
     )  # fmt: skip
     began, failed = time.monotonic(), 0
     waiting = benchmarking.unfinished(jobs, output)

@@ -216,6 +216,15 @@ class JudgeSettings(Settings):
     false_alarms: float = Field(
         default=0.05, gt=0, lt=1, description="share of images like those of training that is sent to review"
     )
+    shifted_copies: int = Field(
+        default=30,
+        ge=0,
+        description="of held-out images under synthetic shifts, to learn what signs mean together; "
+        "0: no combined score and no predicted Dice",
+    )
+    coverage: float = Field(
+        default=0.9, gt=0, lt=1, description="share of images whose Dice lies within the predicted interval"
+    )
 
 
 class PretrainSettings(Settings):

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -150,20 +150,19 @@ def case_bar(total: int, verb: str) -> Iterator[Any]:
         yield advance
 
 
-def show_verdicts(outcomes: Sequence[CaseOutcome], folder: Path) -> None:
-    """Print how many masks may be used, and which may not."""
-    judged = [outcome for outcome in outcomes if outcome.verdict]
+def show_verdicts(judged: Mapping[str, str], cases: int, folder: Path) -> None:
+    """Print how many masks may be used, and which may not, from the decision on every case."""
     if not judged:
-        if outcomes:
+        if cases:
             say("no verdicts: the run has no judge")
         return
-    count = Counter(outcome.verdict for outcome in judged)
+    count = Counter(judged.values())
     say(
         f"verdicts: {count['accept']} accept, {count['review']} review, {count['reject']} reject; "
         f"the reasons are in {folder / 'verdicts.json'}"
     )
     for decision in ("reject", "review"):
-        named = [outcome.case.id for outcome in judged if outcome.verdict == decision]
+        named = [case for case, given in judged.items() if given == decision]
         if named:
             more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
             say(f"  {decision}: {', '.join(named[:NAMED])}{more}")

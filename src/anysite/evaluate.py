@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,12 @@ from anysite.data.case import Case, Dataset
 from anysite.data.probabilities import read_probabilities
 from anysite.data.volume import Volume
 from anysite.errors import AnysiteError, DataError, FileFormatError, GeometryError, LabelError
+from anysite.judgement import DECISIONS, PREDICTED, SCORE, VERDICT, is_judgement
 from anysite.manifest import MANIFESTS, mask_suffix, probabilities_name, read_manifests
 from anysite.metrics import METRICS, Score, score_case
 
 ROWS, SUMMARY = "rows.jsonl", "summary.json"
-ALL_CLASSES = "all classes"  # what the rows of calibration are about
+ALL_CLASSES = "all classes"  # what the rows of calibration and judgement are about
 
 Row = dict[str, Any]
 
@@ -94,6 +95,7 @@ def evaluate(
             result: list[Score] | str = _score_mask(case, path, dataset, bool(manifest["runs"]), tolerance)
             if (digest := manifest["files"].get(probabilities_name(case))) and scored_alike:
                 result += _score_saved(path, digest, case, dataset)
+            result += describe_verdict(manifest["cases"].get(case.id, {}).get("verdict"))
         except AnysiteError as error:
             result = str(error)
         on_case(case.id)
@@ -153,6 +155,20 @@ def score_probabilities(
     return [Score(ALL_CLASSES, metric, value, "1") for metric, value in scores.items()]
 
 
+def describe_verdict(verdict: Mapping[str, Any] | None) -> list[Score]:
+    """Return what was said of a mask as values: the decision, every score, and the Dice to expect.
+
+    A score that was not finite is undefined, and counts as beyond all limits.
+    """
+    if not verdict:
+        return []
+    values = {VERDICT: float(DECISIONS.index(verdict["decision"]))}
+    values |= {f"{SCORE}{name}": value for name, value in verdict["scores"].items()}
+    if verdict.get("predicted_dice"):
+        values |= dict(zip(PREDICTED, verdict["predicted_dice"], strict=True))
+    return [Score(ALL_CLASSES, name, value, "1") for name, value in values.items()]
+
+
 def rows_of(scores: Sequence[Score], case: Case, split: str, common: Row) -> list[Row]:
     """Return one row a score, with the fields of its case and those in `common`."""
     place = {**common, "domain": case.domain, "split": split, "patient": case.patient, "case": case.id}
@@ -165,8 +181,9 @@ def rows_of(scores: Sequence[Score], case: Case, split: str, common: Row) -> lis
 def summarise(rows: Sequence[Row], failed: dict[str, str]) -> dict[str, Any]:
     """Return nnU-Net's `summary.json` keys (foreground_mean, mean, metric_per_case), and ours by site and split.
 
-    Means leave out undefined values; "undefined" says how many there were.
+    Means leave out undefined values; "undefined" says how many there were. What was judged is left out.
     """
+    rows = [row for row in rows if not is_judgement(row["metric"])]
     metrics = list(dict.fromkeys(row["metric"] for row in rows if row["class"] != ALL_CLASSES))
     calibrated = list(dict.fromkeys(row["metric"] for row in rows if row["class"] == ALL_CLASSES))
     classes = list(dict.fromkeys(row["class"] for row in rows if row["class"] != ALL_CLASSES))

@@ -9,14 +9,34 @@ from typing import Any, Literal
 import numpy as np
 from scipy import special
 
-from anysite import registry
+from anysite import quality, registry
 from anysite.config import JudgeSettings
 from anysite.detectors import Detector, Output, Vector
 
 LEAST = 5  # distances that a limit can be learned from, and patients that one can be left out of
 REJECT = 3.0  # times as far beyond the usual as where a review begins
 EMPTY_REASON = "nothing was found, which was so in fewer than one of twenty images known"
+COMBINED, QUALITY = "combined", "quality"  # scores that rest on those of all detectors
+COMBINED_REASON = "several signs together are unlike those of images it knows"
+QUALITY_REASON = "a lower Dice is to be expected than on images it knows"
 Decision = Literal["accept", "review", "reject"]
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What the judge learns from one source image.
+
+    Attributes:
+        vectors: What `Judge.describe` returned.
+        patient: Whose it is, told apart from those of other sites.
+        dice: Of the mask, the mean over classes; none where unknown or undefined.
+        shifted: Whether it is a copy under a synthetic shift.
+    """
+
+    vectors: Mapping[str, Vector]
+    patient: str
+    dice: float | None = None
+    shifted: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,19 +47,25 @@ class Verdict:
         decision: "accept", "review" by a person, or "reject".
         reasons: Why not to accept it, the weightiest first, in words for a reader of images.
         scores: Of every detector: 0 is the usual, 1 where a review begins; none where it is not finite.
+        predicted_dice: Lower bound, expected value, upper bound; none where nothing is known, and of images
+            unlike those that the prediction was learned from.
     """
 
     decision: Decision
     reasons: tuple[str, ...]
     scores: dict[str, float | None]
+    predicted_dice: tuple[float, float, float] | None = None
 
 
 class Judge:
     """Detectors with limits from source patients; a limit is crossed by a stated share of images like theirs.
 
     Attributes:
-        limits: Of every detector the median of its reference distances and where a review begins.
+        limits: Of every score the median of its reference distances and where a review begins.
         share_empty: Share of the reference images in which nothing was found.
+        weights: Of every detector in the combined score, and what its sign takes from the expected Dice, after
+            the Dice of an image without signs; empty where there were too few held-out patients.
+        margins: How far below and above the expected Dice the true one lies.
 
     Raises:
         ConfigError: an unknown detector or setting.
@@ -53,6 +79,14 @@ class Judge:
         }
         self.limits: dict[str, tuple[float, float]] = {}
         self.share_empty = 0.0
+        self.weights: dict[str, np.ndarray] = {}
+        self.margins = (-1.0, 1.0)
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """What a high value of every score means, in words."""
+        told = {name: detector.reason for name, detector in self.detectors.items()}
+        return told | {COMBINED: COMBINED_REASON, QUALITY: QUALITY_REASON}
 
     def describe(self, output: Output) -> dict[str, Vector]:
         """Return the vector of every detector for an output, all that needs to be kept of it.
@@ -68,56 +102,57 @@ class Judge:
                 vectors[name] = np.array([np.nan])
         return vectors | {"empty": np.array([float(_is_empty(output))])}
 
-    def fit(
-        self,
-        training: Sequence[Mapping[str, Vector]],
-        held_out: Sequence[Mapping[str, Vector]],
-        patients: Sequence[str],
-    ) -> None:
+    def fit(self, training: Sequence[Reference], held_out: Sequence[Reference]) -> None:
         """Learn references from training images, and limits from them and from held-out ones.
 
         Distances of training images are taken with all images of their patient left out of the references. Of
         detectors that speak of the segmentation they say nothing, and held-out images alone count where there are
-        enough. A limit is the quantile of the false-alarm rate, shared out among the detectors, or where a
+        enough. A limit is the quantile of the false-alarm rate, shared out among the scores, or where a
         normal distribution of these distances would have it, whichever is higher: of few images the quantile is
-        but the largest. Detectors with fewer than five distances are dropped.
-
-        Args:
-            training: What `describe` returned of training images.
-            held_out: The same of images not trained on.
-            patients: Of the training images.
+        but the largest. Detectors with fewer than five distances are dropped. From held-out images and their
+        shifted copies the judge learns which signs together tell a shift, and what Dice to expect.
         """
-        share = 1 - self.settings.false_alarms / max(1, len(self.detectors))
+        clean = [reference for reference in held_out if not reference.shifted]
+        patients = [reference.patient for reference in training]
         enough = len(dict.fromkeys(patients)) >= LEAST
+        joint = len({reference.patient for reference in clean}) >= LEAST and len(clean) < len(held_out)
+        share = 1 - self.settings.false_alarms / max(1, len(self.detectors) + 2 * joint)
         for name, detector in list(self.detectors.items()):
-            learned = np.stack([vectors[name] for vectors in training])
+            learned = np.stack([reference.vectors[name] for reference in training])
             detector.fit(learned)
-            distances = [detector.distance(vectors[name]) for vectors in held_out]
+            distances = [detector.distance(reference.vectors[name]) for reference in clean]
             if enough and (detector.of_shift or len(distances) < LEAST):
                 distances += detector.leave_one_out(learned, patients).tolist()
             if len(distances) < LEAST:
                 del self.detectors[name]
                 continue
-            usual = float(np.median(distances))
-            normal = np.mean(distances) + special.ndtri(share) * np.std(distances, ddof=1)
-            limit = max(float(np.quantile(distances, share)), float(normal))
-            self.limits[name] = usual, limit
-        empty = [vectors["empty"][0] for vectors in (*training, *held_out)]
+            self.limits[name] = _find_limit(distances, share)
+        if joint and self.detectors:
+            self._fit_joint_scores(held_out, share)
+        empty = [reference.vectors["empty"][0] for reference in (*training, *clean)]
         self.share_empty = float(np.mean(empty)) if empty else 1.0
 
     def judge(self, output: Output) -> Verdict:
         """Return the verdict on what the run's network made of one image."""
         described = self.describe(output)
-        scores = {}
-        for name, detector in self.detectors.items():
-            known = np.isfinite(described[name]).all()
-            scores[name] = self._relative(name, detector.distance(described[name])) if known else np.nan
-        return decide(scores, {name: d.reason for name, d in self.detectors.items()}, self._is_odd(described))
+        scores = self._score(described)
+        expected = None
+        if self.weights and np.isfinite(list(scores.values())).all():
+            signs = quality.signs_of(np.array(list(scores.values())))
+            scores[COMBINED] = self._relative(COMBINED, float(signs @ self.weights[COMBINED]))
+            middle = float(quality.predict_dice(self.weights[QUALITY], signs[None])[0])
+            scores[QUALITY] = self._relative(QUALITY, 1 - middle)
+            of_shift = [COMBINED, *(name for name, detector in self.detectors.items() if detector.of_shift)]
+            if all(scores[name] <= 1 for name in of_shift):
+                below, above = self.margins
+                expected = max(0.0, middle + below), middle, min(1.0, middle + above)
+        return decide(scores, self.reasons, self._is_odd(described), expected)
 
     def memory(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return arrays and facts that `recall` needs."""
         arrays = {f"{name}.{key}": a for name, d in self.detectors.items() for key, a in d.memory.items()}
-        return arrays, {"limits": self.limits, "share_empty": self.share_empty}
+        arrays |= {f"{name}.weights": array for name, array in self.weights.items()}
+        return arrays, {"limits": self.limits, "share_empty": self.share_empty, "margins": self.margins}
 
     def recall(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
         """Take over what `memory` returned.
@@ -137,6 +172,35 @@ class Judge:
                 if key.startswith(f"{name}.")
             }
         self.share_empty = facts["share_empty"]
+        for name in (COMBINED, QUALITY):
+            if name in facts["limits"]:
+                self.limits[name] = tuple(facts["limits"][name])
+                self.weights[name] = arrays[f"{name}.weights"]
+        below, above = facts.get("margins", self.margins)
+        self.margins = float(below), float(above)
+
+    def _score(self, described: Mapping[str, Vector]) -> dict[str, float]:
+        scores = {}
+        for name, detector in self.detectors.items():
+            known = np.isfinite(described[name]).all()
+            scores[name] = self._relative(name, detector.distance(described[name])) if known else np.nan
+        return scores
+
+    def _fit_joint_scores(self, held_out: Sequence[Reference], share: float) -> None:
+        signs = quality.signs_of(np.array([[*self._score(r.vectors).values()] for r in held_out]))
+        shifted = np.array([reference.shifted for reference in held_out])
+        weights = quality.fit_shift(signs, shifted)
+        scored = np.array([reference.dice is not None for reference in held_out])
+        patients = [reference.patient for reference in held_out if reference.dice is not None]
+        dice = np.array([reference.dice for reference in held_out if reference.dice is not None])
+        if len({*patients}) < LEAST or not (scored & ~shifted).any():
+            return
+        expected = quality.leave_patients_out(signs[scored], dice, patients)
+        below, above = quality.conformal_margins(dice - expected, self.settings.coverage)
+        self.margins = max(below, -1.0), min(above, 1.0)
+        self.weights = {COMBINED: weights, QUALITY: quality.fit_dice(signs[scored], dice)}
+        self.limits[COMBINED] = _find_limit((signs[~shifted] @ weights).tolist(), share)
+        self.limits[QUALITY] = _find_limit((1 - expected[~shifted[scored]]).tolist(), share)
 
     def _relative(self, name: str, distance: float) -> float:
         usual, limit = self.limits[name]
@@ -146,7 +210,12 @@ class Judge:
         return bool(vectors["empty"][0]) and self.share_empty < 0.05
 
 
-def decide(scores: Mapping[str, float], reasons: Mapping[str, str], empty: bool = False) -> Verdict:
+def decide(
+    scores: Mapping[str, float],
+    reasons: Mapping[str, str],
+    empty: bool = False,
+    predicted_dice: tuple[float, float, float] | None = None,
+) -> Verdict:
     """Return the verdict from scores of which 1 begins a review and 3 a rejection.
 
     A score that is not finite rejects: nothing can be said.
@@ -158,7 +227,7 @@ def decide(scores: Mapping[str, float], reasons: Mapping[str, str], empty: bool 
     if any(score > REJECT for score in worst.values()):
         decision = "reject"
     kept = {name: float(score) if np.isfinite(score) else None for name, score in scores.items()}
-    return Verdict(decision, tuple(stated), kept)
+    return Verdict(decision, tuple(stated), kept, predicted_dice)
 
 
 def average_verdicts(verdicts: Sequence[Verdict], reasons: Mapping[str, str], empty: bool) -> Verdict:
@@ -176,7 +245,19 @@ def average_verdicts(verdicts: Sequence[Verdict], reasons: Mapping[str, str], em
     for name in names:
         values = [verdict.scores[name] for verdict in verdicts if name in verdict.scores]
         means[name] = float(np.mean([np.inf if value is None else max(value, 0.0) for value in values]))
-    return decide(means, reasons, empty and any(EMPTY_REASON in verdict.reasons for verdict in verdicts))
+    odd = empty and any(EMPTY_REASON in verdict.reasons for verdict in verdicts)
+    known = [verdict.predicted_dice for verdict in verdicts if verdict.predicted_dice is not None]
+    expected = None
+    if len(known) == len(verdicts):
+        low, middle, high = np.mean(known, 0).tolist()
+        expected = low, middle, high
+    return decide(means, reasons, odd, expected)
+
+
+def _find_limit(distances: Sequence[float], share: float) -> tuple[float, float]:
+    """Return the median, and where a review begins so that so large a share of such images lies below."""
+    normal = np.mean(distances) + special.ndtri(share) * np.std(distances, ddof=1)
+    return float(np.median(distances)), max(float(np.quantile(distances, share)), float(normal))
 
 
 def _is_empty(output: Output) -> bool:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from anysite import __version__, atomic, runs
+from anysite import __version__, runs
 from anysite.data import files
 from anysite.data.case import Case, Dataset
 from anysite.data.layouts import find_cases, open_dataset, open_images
 from anysite.data.probabilities import read_probabilities, write_probabilities
-from anysite.errors import AnysiteError, ConfigError, DataError, FileFormatError, describe_error
+from anysite.errors import AnysiteError, ConfigError, DataError, describe_error
 from anysite.manifest import (
     Manifest,
     describe_case,
@@ -29,9 +27,7 @@ from anysite.manifest import (
 from anysite.plan import Plan
 from anysite.runs import Run
 from anysite.segment import Prediction, Segmenter
-
-VERDICTS = "verdicts.json"
-VERDICT_FILES = (VERDICTS, "verdicts.csv")
+from anysite.verdicts import VERDICT_FILES, write_verdicts
 
 __all__ = [
     "CaseOutcome",
@@ -114,6 +110,7 @@ def predict(
     calibrate: bool | None = None,
     save_probabilities: bool = False,
     part: str = "1/1",
+    referral: float | None = None,
     dataset: Dataset | None = None,
     sites_known: bool = True,
     accelerator: str = "auto",
@@ -125,12 +122,14 @@ def predict(
     image is skipped. A case that fails is entered with its error and the rest goes on.
 
     Args:
+        referral: Share of the cases that a person can look at, for the verdicts of all of them together.
         dataset: What the cases are of, for the manifest.
         sites_known: Whether the domains of the cases are sites, and not just names of folders.
 
     Raises:
         DataError: two cases with one id.
-        ConfigError: a malformed part, or an output folder where a mask would replace a file that is not ours.
+        ConfigError: a malformed part, a share to refer outside 0 to 1, or an output folder where a mask would
+            replace a file that is not ours.
         FileFormatError: the output folder cannot be written.
         RunError: runs that cannot be averaged.
     """
@@ -159,7 +158,7 @@ def predict(
     manifest.require_free([*outputs, *VERDICT_FILES])
     manifest.claim(VERDICT_FILES)
     manifest.write()
-    write_verdicts(manifest)  # those of other runs would pass for these
+    _write_verdicts(manifest, referral)  # those of other runs would pass for these
     segmenter: Segmenter | None = None
     for case in share:
         if manifest.is_done(case, save_probabilities):
@@ -168,41 +167,14 @@ def predict(
         segmenter = segmenter or Segmenter(run_folders, settings, accelerator)
         split = split_of(case, run_folders, sites_known)
         yield _attempt_case(segmenter, case, split, manifest, save_probabilities)
-    write_verdicts(manifest)
+    _write_verdicts(manifest, referral)
 
 
-def write_verdicts(manifest: Manifest) -> None:
-    """Write the verdicts of all parts of one origin as verdicts.json and verdicts.csv beside the masks.
-
-    Raises:
-        FileFormatError: they cannot be written.
-    """
-    folder = manifest.output
-    entries = read_manifests(folder, manifest.content["origin"])["cases"]
-    cases = {name: entry["verdict"] for name, entry in sorted(entries.items()) if entry.get("verdict")}
-    if not cases:
-        for name in VERDICT_FILES:
-            (folder / name).unlink(missing_ok=True)
-        return
-    text = io.StringIO()
-    names = list(dict.fromkeys(name for verdict in cases.values() for name in verdict["scores"]))
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["case", "verdict", "reasons", *names])
-    for case, verdict in cases.items():
-        values = [verdict["scores"].get(name) for name in names]
-        scores = ["" if value is None else f"{value:.3f}" for value in values]
-        # A spreadsheet would take these for formulas.
-        name = f"'{case}" if case.startswith(("=", "+", "-", "@")) else case
-        table.writerow([name, verdict["decision"], "; ".join(verdict["reasons"]), *scores])
-    shown = {
-        case: {"verdict": v["decision"], "reasons": list(v["reasons"]), "scores": v["scores"]}
-        for case, v in cases.items()
-    }
-    try:
-        atomic.write_json(folder / VERDICTS, {"cases": shown})
-        atomic.write_text(folder / VERDICT_FILES[1], text.getvalue())
-    except OSError as error:
-        raise FileFormatError(f"cannot be written ({error.strerror})", where=folder / VERDICTS) from error
+def _write_verdicts(manifest: Manifest, referral: float | None) -> None:
+    """Write the verdicts of all parts of one origin beside the masks."""
+    entries = read_manifests(manifest.output, manifest.content["origin"])["cases"]
+    judged = {name: entry["verdict"] for name, entry in entries.items() if entry.get("verdict")}
+    write_verdicts(manifest.output, judged, referral)
 
 
 def _attempt_case(

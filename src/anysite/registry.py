@@ -39,6 +39,7 @@ DETECTORS = {
     "mahalanobis": "anysite.detectors.mahalanobis:Mahalanobis",
     "nearest": "anysite.detectors.nearest:Nearest",
     "entropy": "anysite.detectors.entropy:Entropy",
+    "pairwise_dice": "anysite.detectors.pairwise_dice:PairwiseDice",
 }
 
 TABLES = {"network": NETWORKS, "objective": OBJECTIVES, "detector": DETECTORS}

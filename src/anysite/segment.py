@@ -17,7 +17,7 @@ from anysite import compute
 from anysite.calibration import Temperature
 from anysite.config import Config, PredictSettings
 from anysite.data.volume import Volume
-from anysite.detectors import Layer, Output, add_layers
+from anysite.detectors import Agreement, Layer, Output, add_layers
 from anysite.errors import ConfigError, RunError
 from anysite.judge import Verdict, average_verdicts
 from anysite.networks import Network
@@ -96,12 +96,7 @@ class Segmenter:
             for network, run in zip(loaded, runs, strict=True)
         ]
         self.judges = [run.judge for run in runs]
-        self.reasons = {
-            name: detector.reason
-            for judge in self.judges
-            if judge
-            for name, detector in judge.detectors.items()
-        }
+        self.reasons = {name: text for judge in self.judges if judge for name, text in judge.reasons.items()}
         self.plan = runs[0].plan
         # The mean of several is less sure than each of them, so that their temperatures would overdo it.
         calibrate = self.settings.calibrate and len(runs) == 1
@@ -138,6 +133,10 @@ class Segmenter:
         member = self.members[0]
         return self._predict(member.plan.to_grid(image), member, watch=True, flips=flips)
 
+    def label_of(self, output: Output, image: Volume) -> Volume:
+        """Return the label map on an image's own grid that an output of the first run's network means."""
+        return self.plan.decide(self.plan.from_grid(torch.from_numpy(output.probabilities), image))
+
     def _place(self, network: Network, path: Path) -> Network:
         if self.settings.normalisation == "batch":
             use_batch_statistics(network, path)
@@ -156,9 +155,10 @@ class Segmenter:
         mirrored = self.settings.flips if flips is None else flips
         sets = flip_combinations(plan, member.config) if mirrored else [()]
         layers: tuple[Layer, ...] = ()
+        agreement: Agreement | None = None
 
         def predict(windows: Tensor) -> Tensor:
-            nonlocal layers
+            nonlocal layers, agreement
             windows = windows.contiguous(memory_format=network.memory_format)
             views = []
             for axes in sets:
@@ -166,14 +166,19 @@ class Segmenter:
                 if watch and not axes:
                     layers = add_layers(layers, [sum_layer(feature) for feature in features])
                 views.append(torch.flip(plan.as_probabilities(network.decode(features).float()), axes))
-            return torch.stack(views).mean(0) if len(views) > 1 else views[0]
+            if len(views) == 1:
+                return views[0]
+            if watch:
+                found = count_agreement(views, bool(plan.regions))
+                agreement = found if agreement is None else agreement + found
+            return torch.stack(views).mean(0)
 
         bf16 = self.precision == "bf16-mixed"
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             probabilities = slide(
                 image.to(self.device), predict, plan, self.settings.overlap, self.settings.batch_size
             )
-        return Output(image.cpu().numpy(), probabilities.cpu().numpy(), bool(plan.regions), layers)
+        return Output(image.cpu().numpy(), probabilities.cpu().numpy(), bool(plan.regions), layers, agreement)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,6 +198,19 @@ def sum_layer(features: Float[Tensor, "b w *t"]) -> Layer:
         gram, total = positions.T @ positions, positions.sum(0)
     count = len(positions)
     return Layer(count, count // len(features), total.cpu().numpy(), gram.cpu().numpy())
+
+
+def count_agreement(views: Sequence[Float[Tensor, "b k *s"]], overlapping: bool) -> Agreement:
+    """Return how far segmentations of the same windows, given as probabilities, agree."""
+    if overlapping:
+        maps = torch.stack([view > 0.5 for view in views])
+    else:
+        labels = torch.stack([view.argmax(1) for view in views])
+        maps = torch.stack([labels == index for index in range(1, views[0].shape[1])], 2)
+    positions = maps.movedim(2, 0).flatten(2).float()
+    with torch.autocast(positions.device.type, enabled=False):
+        shared = positions @ positions.mT
+    return Agreement(shared.permute(1, 2, 0).double().cpu().numpy())
 
 
 def use_batch_statistics(network: nn.Module, where: Path) -> None:

@@ -208,7 +208,7 @@ def _observe_source_cases(training: Training) -> tuple[dict[str, Any] | None, Ju
     if config.judge.detectors:
         references = training.trained_on.cases_by_turns[: config.judge.cases]
         others = held_out.cases_by_turns[: config.judge.held_out_cases]
-        judge, unseen = learn_references(segmenter, references, others, config.judge)
+        judge, unseen = learn_references(segmenter, references, others, held_out, config.judge)
         failed |= unseen
         if judge is None:
             training.warn("too few source patients to judge masks by: predictions will have no verdicts")

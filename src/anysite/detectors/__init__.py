@@ -36,6 +36,30 @@ class Layer:
 
 
 @dataclass(frozen=True, eq=False)
+class Agreement:
+    """How far several segmentations of one image agree, summed over windows.
+
+    Attributes:
+        shared: Of each two of them the voxels that both give to a class or region, the background left out; of
+            one with itself, the voxels that it gives.
+    """
+
+    shared: Float[np.ndarray, "v v k"]
+
+    def __add__(self, other: Agreement) -> Agreement:
+        return Agreement(self.shared + other.shared)
+
+    @property
+    def pairwise_dice(self) -> float:
+        """The mean Dice of each two, over what either found; 1 where nothing was found or there is but one."""
+        given = np.einsum("vvk->vk", self.shared)
+        one, other = np.triu_indices(len(self.shared), 1)
+        total = given[one] + given[other]
+        found = total > 0
+        return float((2 * self.shared[one, other][found] / total[found]).mean()) if found.any() else 1.0
+
+
+@dataclass(frozen=True, eq=False)
 class Output:
     """What one image made of a network, on the plan's grid.
 
@@ -43,12 +67,14 @@ class Output:
         image: Normalised intensities.
         probabilities: One map a class, or a region where they are `overlapping`.
         layers: Of the encoder, bottleneck last.
+        agreement: Of the segmentations of mirrored views; none where there was one view only.
     """
 
     image: Float[np.ndarray, "c *s"]
     probabilities: Float[np.ndarray, "k *s"]
     overlapping: bool
     layers: tuple[Layer, ...]
+    agreement: Agreement | None = None
 
 
 class Detector(ABC):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from anysite.judgement import DECISIONS
 from anysite.report.charts import Strip, strip_plot
 from anysite.report.configuration import Entries, RunFacts, describe_rows, describe_run
 from anysite.report.format import SPLIT_NAMES, image_folders, join, without_folders
@@ -29,7 +30,6 @@ from anysite.report.summary import (
 from anysite.statistics import Estimate
 
 WORST = 8
-DECISIONS = ("accept", "review", "reject")
 FAILED = 0.7  # Dice below which a mask counts as failed
 
 

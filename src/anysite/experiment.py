@@ -1,0 +1,254 @@
+"""One job of a benchmark: a training, and the scoring of every case it was not trained on."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from anysite import config, runs
+from anysite.calibration import CALIBRATION_METRICS
+from anysite.corrupt import corrupt, fingerprint
+from anysite.data.case import Case, Dataset
+from anysite.errors import AnysiteError, DataError
+from anysite.evaluate import (
+    ALL_CLASSES,
+    Row,
+    describe_verdict,
+    evaluate,
+    rows_of,
+    score_probabilities,
+    score_volume,
+)
+from anysite.judgement import VERDICT, is_judgement
+from anysite.metrics import METRICS, Score
+
+OTHER = "other"  # the split of images of another dataset
+OTHER_CASES = 40  # of another dataset at most
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training and the scoring of every case it was not trained on.
+
+    Attributes:
+        others: Name and path of other datasets, whose images are judged.
+    """
+
+    dataset_path: str
+    dataset: str
+    method: str
+    overrides: tuple[str, ...]
+    seed: int
+    test_domains: tuple[str, ...]
+    train_domains: tuple[str, ...]
+    budget_s: float | None
+    metrics: tuple[str, ...]
+    labels: int | None = None
+    corruptions: tuple[str, ...] = ()
+    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    others: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The method's name in rows: the preset, or the stem of its file."""
+        return name_of(self.method)
+
+    @property
+    def settings(self) -> config.Config:
+        """The preset as it is now, with the job's overrides, seed, test sites and number of labelled patients."""
+        sites = ", ".join(f'"{domain}"' for domain in self.test_domains)
+        own = [f"seed={self.seed}", f"test_domains=[{sites}]"]
+        if self.labels is not None:
+            own.append(f"train.labelled_patients={self.labels}")
+        return config.load(self.method, [*self.overrides, *own])
+
+    @property
+    def digest(self) -> str:
+        """A digest of all that a result depends on beside the data and the program.
+
+        Of the settings only those that differ from the program's defaults: a new one, off by default, leaves
+        every finished job finished.
+        """
+        settings = self.settings.model_dump(mode="json", exclude_defaults=True)
+        return runs.fingerprint([settings, self.budget_s])
+
+    @property
+    def topics(self) -> set[tuple[Any, ...]]:
+        """What its rows are about once finished: every metric, clean and corrupted, and every other dataset."""
+        others = {(VERDICT, f"{OTHER}/{name}", 0) for name, _ in self.others}
+        corrupted = itertools.product(map(version_of, self.corruptions), self.severities)
+        pictures = [("", 0), *corrupted]
+        return (
+            {(metric, *picture) for metric in self.metrics for picture in pictures}
+            | others
+            | {("run", "", 0)}
+        )
+
+    @property
+    def key(self) -> tuple[str, str, int, str, str, str]:
+        """What tells this job's rows from those of others."""
+        return (
+            self.dataset, self.name, self.seed, "+".join(self.train_domains), " ".join(self.overrides),
+            self.digest,
+        )  # fmt: skip
+
+    @property
+    def keys(self) -> set[tuple[Any, ...]]:
+        """The key, and that of rows written before they named the job's digest, all of which used all labels."""
+        dataset, _, seed, train_domains, overrides, _ = self.key
+        former = (
+            {(dataset, self.method, seed, train_domains, overrides, "")} if self.labels is None else set()
+        )
+        return {self.key} | former
+
+
+def score_job(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Row]:
+    """Train one job in `folder`, and return a row for every case, class and metric, and for what it cost.
+
+    Raises:
+        AnysiteError: a training that failed, no case to score, or one that could not be.
+    """
+    from anysite.train import train
+
+    settings = job.settings
+    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"threads": threads})})
+    run = train(
+        dataset, settings, folder / "run", budget_s=job.budget_s, resume=True, facts={"preset": job.name}
+    )
+    # Of the training sites only the held-out patients, so that all numbers of labels are scored on the same cases.
+    held_out = [case for case in dataset.labelled if case.id in set(run.splits["held_out"])]
+    test = [case for case in dataset.labelled if case.id in set(run.splits["test"])]
+    if not held_out + test:
+        raise DataError(
+            "no case is left to score", where=job.dataset, fix="set train.validation_fraction above 0"
+        )
+    if job.corruptions and not held_out:
+        raise DataError(
+            "no held-out case to corrupt", where=job.dataset, fix="set train.validation_fraction above 0"
+        )
+    if (VERDICT in job.metrics or job.others) and run.judge is None:
+        raise DataError("a run that does not judge", where=job.dataset, fix="drop verdict from --metrics")
+    began = time.monotonic()
+    rows = _score_images(job, run, held_out + test, dataset, folder / "masks", threads)
+    predicting_s = time.monotonic() - began
+    common = rows[0] | {"domain": "", "patient": "", "case": "", "class": ""}
+    rows += _score_corrupted(job, run, held_out, dataset, common)
+    for name, path in job.others:
+        rows += _judge_others(job, run, name, Path(path), common)
+    costs: list[tuple[str, Any, str]] = [
+        ("train_seconds", run.manifest["seconds"], "s"),
+        ("train_steps", run.manifest["steps"], "1"),
+        ("predict_seconds_per_case", round(predicting_s / len(held_out + test), 3), "s"),
+    ]
+    if (peak := _peak_memory_mb()) is not None:
+        costs.append(("peak_memory", round(peak), "MB"))
+    kept = [row for row in rows if _is_wanted(row["metric"], job.metrics) or row["split"] == OTHER]
+    return kept + [{**common, "split": "run", "metric": m, "value": v, "unit": u} for m, v, u in costs]
+
+
+def topic_of(row: Row) -> tuple[Any, ...]:
+    """Return what a row is about, as `Job.topics` has it."""
+    if row.get("split") == "run":
+        return "run", "", 0
+    if row.get("split") == OTHER:
+        return row.get("metric"), f"{OTHER}/{row.get('other')}", 0
+    return row.get("metric"), row.get("corruption_version", ""), row.get("severity", 0)
+
+
+@cache
+def version_of(corruption: str) -> str:
+    """Return a corruption's name with the digest of its source and strengths."""
+    return f"{corruption}/{fingerprint(corruption)}"
+
+
+def name_of(method: str) -> str:
+    """Return the name of a method in rows: its preset, or the stem of its file."""
+    return Path(method).stem if method.endswith(".toml") else method
+
+
+def _score_images(
+    job: Job, run: runs.Run, cases: Sequence[Case], dataset: Dataset, masks: Path, threads: int
+) -> list[Row]:
+    from anysite.predict import predict
+
+    save = not CALIBRATION_METRICS.keys().isdisjoint(job.metrics)
+    outcomes = list(predict([run], cases, masks, dataset=dataset, save_probabilities=save))
+    # The splits list the sites in the order of their cases, which may differ from the job's.
+    context = {
+        "train_domains": "+".join(job.train_domains), "overrides": " ".join(job.overrides), "job": job.digest,
+        "labels": str(job.settings.train.labelled_patients or "all"),
+    }  # fmt: skip
+    result = evaluate(masks, dataset, threads=threads, context=context)
+    if result.failed or any(outcome.status == "failed" for outcome in outcomes):
+        raise DataError(
+            f"{len(result.failed)} cases failed, such as {next(iter(result.failed.items()), '')}",
+            where=job.dataset,
+        )
+    return result.rows
+
+
+def _score_corrupted(
+    job: Job, run: runs.Run, cases: Sequence[Case], dataset: Dataset, common: Row
+) -> list[Row]:
+    """Score corrupted copies of held-out images, so that no other site's shift is mixed in."""
+    if not job.corruptions:
+        return []
+    from anysite.segment import Segmenter
+
+    segmenter, rows = Segmenter([run]), []
+    masked = [metric for metric in job.metrics if metric in METRICS]
+    calibrated = [metric for metric in job.metrics if metric in CALIBRATION_METRICS]
+    for case in cases:
+        image, label = case.image(), dataset.class_indices(case.label(), where=case.label_path)
+        for name, severity in itertools.product(job.corruptions, job.severities):
+            # The same draw at every severity and for every method.
+            image_seed = zlib.crc32(case.id.encode())
+            prediction = segmenter.segment(corrupt(image, name, severity, image_seed))
+            scores = score_volume(prediction.label, label, dataset, metrics=masked)
+            if calibrated:
+                chances = prediction.probabilities.array
+                scores += score_probabilities(chances, prediction.label, label, dataset, calibrated)
+            if prediction.verdict:
+                scores += describe_verdict(asdict(prediction.verdict))
+            place = common | {
+                "corruption": name, "severity": severity, "corruption_version": version_of(name)
+            }  # fmt: skip
+            rows += rows_of(scores, case, "in_domain", place)
+    return rows
+
+
+def _judge_others(job: Job, run: runs.Run, name: str, path: Path, common: Row) -> list[Row]:
+    """Judge images of another dataset; one that the network cannot take has an undefined verdict."""
+    from anysite.data.layouts import open_dataset
+    from anysite.segment import Segmenter
+
+    segmenter, rows = Segmenter([run]), []
+    for case in open_dataset(path).cases_by_turns[:OTHER_CASES]:
+        try:
+            verdict = segmenter.segment(case.image()).verdict
+        except AnysiteError:
+            verdict = None
+        scores = describe_verdict(asdict(verdict)) if verdict else [Score(ALL_CLASSES, VERDICT, None, "1")]
+        rows += rows_of(scores, case, OTHER, common | {"other": name})
+    return rows
+
+
+def _is_wanted(metric: str, wanted: Sequence[str]) -> bool:
+    return metric in wanted or (VERDICT in wanted and is_judgement(metric))
+
+
+def _peak_memory_mb() -> float | None:
+    """Return the process's largest memory so far, or None on Windows, which has no such count."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

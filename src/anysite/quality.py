@@ -1,0 +1,96 @@
+"""What several scores say together: how likely the image is shifted, and what Dice its mask may have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy import optimize, special
+
+Signs = Float[np.ndarray, "n d"]
+RIDGE = 1e-2  # keeps signs that say the same from cancelling each other
+
+
+def signs_of(scores: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
+    """Return scores as both models take them: the usual and below as 0, and far beyond all limits not much more."""
+    return np.log1p(np.maximum(scores, 0))
+
+
+def fit_shift(signs: Signs, shifted: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " d"]:
+    """Return the weights, none below 0, of a logistic regression that tells shifted images from others.
+
+    Both kinds count alike however many there are.
+
+    Args:
+        signs: Of held-out images, and of copies of them under synthetic shifts.
+        shifted: Which are such copies.
+    """
+    weight = np.where(shifted, 0.5 / max(1, shifted.sum()), 0.5 / max(1, (~shifted).sum()))
+    direction = np.where(shifted, 1.0, -1.0)
+
+    def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
+        margin = direction * (signs @ values[1:] + values[0])
+        pull = -weight * direction * special.expit(-margin)
+        gradient = np.concatenate([[pull.sum()], pull @ signs + RIDGE * values[1:]])
+        return float(
+            -(weight * special.log_expit(margin)).sum() + RIDGE / 2 * values[1:] @ values[1:]
+        ), gradient
+
+    start = np.zeros(signs.shape[1] + 1)
+    bounds = [(None, None)] + [(0, None)] * signs.shape[1]
+    found: Any = optimize.minimize(loss, start, jac=True, bounds=bounds, method="L-BFGS-B")
+    return found.x[1:]
+
+
+def fit_dice(signs: Signs, dice: Float[np.ndarray, " n"]) -> Float[np.ndarray, " _"]:
+    """Return the Dice of an image without any sign, and what every sign takes from it, none below 0.
+
+    Args:
+        signs: Of images.
+        dice: Of their masks, the mean over classes.
+    """
+    count, width = signs.shape
+    design = np.concatenate([np.ones((count, 1)), -signs], 1)
+    ridge = np.concatenate([np.zeros((width, 1)), math.sqrt(RIDGE * count) * np.eye(width)], 1)
+    target = np.concatenate([dice, np.zeros(width)])
+    bounds = (np.zeros(width + 1), np.concatenate([[1.0], np.full(width, np.inf)]))
+    found: Any = optimize.lsq_linear(np.concatenate([design, ridge]), target, bounds)
+    return found.x
+
+
+def predict_dice(coefficients: Float[np.ndarray, " _"], signs: Signs) -> Float[np.ndarray, " n"]:
+    """Return the Dice to expect, between 0 and 1."""
+    return np.clip(coefficients[0] - signs @ coefficients[1:], 0, 1)
+
+
+def leave_patients_out(
+    signs: Signs, dice: Float[np.ndarray, " n"], patients: Sequence[str]
+) -> Float[np.ndarray, " n"]:
+    """Return the Dice expected of every image by a model that saw none of its patient."""
+    names = np.asarray(patients)
+    expected = np.empty(len(dice))
+    for patient in dict.fromkeys(patients):
+        own = names == patient
+        expected[own] = predict_dice(fit_dice(signs[~own], dice[~own]), signs[own])
+    return expected
+
+
+def conformal_margins(errors: Float[np.ndarray, " n"], coverage: float) -> tuple[float, float]:
+    """Return how far below and above what is expected the truth lies, with the stated coverage.
+
+    Split conformal prediction with both tails alike: Vovk, Gammerman, Shafer, 2005; Lei et al., 2018,
+    https://arxiv.org/abs/1604.04173. Where too few errors are known for that coverage a margin is infinite.
+
+    Args:
+        errors: True minus expected values, of images the model did not see.
+        coverage: Share of images like those whose truth lies within.
+    """
+    ordered = np.sort(errors)
+    count = len(ordered)
+    rank = math.ceil((count + 1) * (1 + coverage) / 2 - 1e-9)
+    if rank > count:
+        return -math.inf, math.inf
+    return float(ordered[count - rank]), float(ordered[rank - 1])

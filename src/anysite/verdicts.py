@@ -1,0 +1,119 @@
+"""Verdicts on a folder of masks: files beside them, and which of them a person gets to see."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from anysite import atomic
+from anysite.errors import ConfigError, FileFormatError
+from anysite.judgement import DECISIONS
+
+VERDICTS = "verdicts.json"
+VERDICT_FILES = (VERDICTS, "verdicts.csv")
+REFERRED = "among the images that most speaks against, of which a share is looked at"
+PASSED_OVER = "more speaks against others, and only a share is looked at"
+
+Verdicts = dict[str, dict[str, Any]]
+
+
+def write_verdicts(
+    folder: Path, judged: Mapping[str, Mapping[str, Any]], referral: float | None = None
+) -> Verdicts:
+    """Write verdicts.json and verdicts.csv, and return the verdicts by case as the former holds them.
+
+    Args:
+        folder: Where the masks are.
+        judged: Of every case the fields of a `judge.Verdict`; without any, files of earlier ones are removed.
+        referral: Share of the cases that a person can look at; none: as many as the verdicts say.
+
+    Raises:
+        ConfigError: a share outside 0 to 1.
+        FileFormatError: the files cannot be written.
+    """
+    cases: Verdicts = {
+        case: {"verdict": v["decision"], "reasons": list(v["reasons"]), "predicted_dice": v.get("predicted_dice"),
+               "scores": v["scores"]}
+        for case, v in sorted(judged.items())
+    }  # fmt: skip
+    if referral is not None:
+        cases = refer(cases, referral)
+    if not cases:
+        for name in VERDICT_FILES:
+            (folder / name).unlink(missing_ok=True)
+        return cases
+    try:
+        atomic.write_json(folder / VERDICTS, {"cases": cases})
+        atomic.write_text(folder / VERDICT_FILES[1], _as_table(cases))
+    except OSError as error:
+        raise FileFormatError(f"cannot be written ({error.strerror})", where=folder / VERDICTS) from error
+    return cases
+
+
+def read_verdicts(folder: Path) -> Verdicts:
+    """Return what verdicts.json holds, nothing where there is none.
+
+    Raises:
+        FileFormatError: it cannot be read.
+    """
+    path = folder / VERDICTS
+    if not path.is_file():
+        return {}
+    try:
+        return atomic.read_json(path)["cases"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileFormatError(f"not readable ({error})", where=path, expected="verdicts by case") from error
+
+
+def refer(cases: Verdicts, share: float) -> Verdicts:
+    """Return verdicts of which a stated share, rounded down, is to be reviewed: those that most speaks against.
+
+    Rejected ones come first and stay rejected, also beyond the share; reviews beyond it become acceptances.
+
+    Raises:
+        ConfigError: a share outside 0 to 1.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"{share:g}", where="--referral", expected="0 to 1")
+    order = sorted(
+        cases, key=lambda case: (cases[case]["verdict"] != "reject", -suspicion(cases[case]), case)
+    )
+    seen = set(order[: math.floor(share * len(order) + 1e-9)])
+    result: Verdicts = {}
+    for case, verdict in cases.items():
+        decision, reasons = verdict["verdict"], verdict["reasons"]
+        if case in seen and decision == "accept":
+            decision, reasons = "review", [REFERRED]
+        elif case not in seen and decision == "review":
+            decision, reasons = "accept", [PASSED_OVER, *reasons]
+        result[case] = verdict | {"verdict": decision, "reasons": reasons}
+    return result
+
+
+def suspicion(verdict: Mapping[str, Any]) -> float:
+    """Return how much speaks against a mask: its highest score, beyond all where one is not finite."""
+    values = [math.inf if value is None else value for value in verdict["scores"].values()]
+    return max(values, default=0.0)
+
+
+def _as_table(cases: Verdicts) -> str:
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for verdict in cases.values() for name in verdict["scores"]))
+    table = csv.writer(text, lineterminator="\n")
+    bounds = ("predicted_dice_low", "predicted_dice", "predicted_dice_high")
+    table.writerow(["case", "verdict", "reasons", *bounds, *names])
+    for case, verdict in cases.items():
+        values = [
+            *(verdict["predicted_dice"] or [None] * 3),
+            *(verdict["scores"].get(name) for name in names),
+        ]
+        numbers = ["" if value is None else f"{value:.3f}" for value in values]
+        # A spreadsheet would take these for formulas.
+        name = f"'{case}" if case.startswith(("=", "+", "-", "@")) else case
+        assert verdict["verdict"] in DECISIONS
+        table.writerow([name, verdict["verdict"], "; ".join(verdict["reasons"]), *numbers])
+    return text.getvalue()
