@@ -22,7 +22,7 @@ from anysite.data.phantom import write_phantom
 from anysite.detectors import Detector, Layer, Output, add_layers
 from anysite.detectors.mahalanobis import learn_components, measure
 from anysite.detectors.spectral import signature, split_signatures
-from anysite.errors import ConfigError, RunError
+from anysite.errors import ConfigError, FileFormatError, RunError
 from anysite.judge import (
     COMBINED,
     EMPTY_REASON,
@@ -38,9 +38,11 @@ from anysite.learner import build_network
 from anysite.plan import Normalisation, Plan
 from anysite.predict import predict
 from anysite.references import learn_references
+from anysite.report.read import read_sources
 from anysite.runs import Run
 from anysite.segment import Segmenter, count_agreement, sum_layer
 from anysite.train import train
+from anysite.verdicts import read_verdicts, suspicion
 from conftest import small_config
 
 PLAN = Plan(
@@ -486,3 +488,46 @@ def test_wrong_detectors_are_refused_before_training(
     with pytest.raises(ConfigError, match=message):
         train(sites, small_config(setting), tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_referral_is_what_the_files_the_command_and_the_report_say(
+    sites: Dataset,
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for case in sites.cases[:4]:
+        shutil.copy(case.image_paths[0], folder / case.image_paths[0].name)
+    monkeypatch.setattr("anysite.judge.REJECT", 1e9)
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "anysite",
+            "predict",
+            str(run.path),
+            str(folder),
+            "--output",
+            str(tmp_path / "out"),
+            "--referral",
+            "0.5",
+        ],
+    )
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert not exit_.value.code
+    assert "verdicts: 2 accept, 2 review, 0 reject" in capsys.readouterr().out
+    written = atomic.read_json(tmp_path / "out" / "verdicts.json")["cases"]
+    order = sorted(written, key=lambda case: -suspicion(written[case]))
+    assert [written[case]["verdict"] for case in order] == ["review", "review", "accept", "accept"]
+    (source,) = read_sources([tmp_path / "out"])
+    assert source.predictions is not None
+    shown = {name: case.verdict.decision for name, case in source.predictions.cases.items() if case.verdict}
+    assert shown == {name: verdict["verdict"] for name, verdict in written.items()}
+    (tmp_path / "out" / "verdicts.json").write_text('{"cases": 3}')
+    with pytest.raises(FileFormatError, match=r"verdicts\.json"):
+        read_sources([tmp_path / "out"])
+    with pytest.raises(FileFormatError, match=r"verdicts\.json"):
+        read_verdicts(tmp_path / "out" / ".." / "out")

@@ -64,7 +64,7 @@ def read_verdicts(folder: Path) -> Verdicts:
     if not path.is_file():
         return {}
     try:
-        return atomic.read_json(path)["cases"]
+        return dict(atomic.read_json(path)["cases"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileFormatError(f"not readable ({error})", where=path, expected="verdicts by case") from error
 

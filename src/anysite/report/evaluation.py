@@ -12,6 +12,7 @@ from anysite.judgement import DECISIONS
 from anysite.report.charts import Strip, strip_plot
 from anysite.report.configuration import Entries, RunFacts, describe_rows, describe_run
 from anysite.report.format import SPLIT_NAMES, image_folders, join, without_folders
+from anysite.report.judging import FAILED
 from anysite.report.methods import split_by_method
 from anysite.report.pictures import Picture, draw_case
 from anysite.report.read import PredictedCase, PredictedVerdict, Predictions, Row, Source
@@ -30,7 +31,6 @@ from anysite.report.summary import (
 from anysite.statistics import Estimate
 
 WORST = 8
-FAILED = 0.7  # Dice below which a mask counts as failed
 
 
 @dataclass(frozen=True)

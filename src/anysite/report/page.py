@@ -15,7 +15,8 @@ from anysite.errors import DataError
 from anysite.report import format as texts
 from anysite.report.charts import Strip, difference_plot, strip_plot
 from anysite.report.curves import CorruptionCurves, LabelCurves, describe_corruptions, describe_labels
-from anysite.report.evaluation import FAILED, Evaluation, evaluate
+from anysite.report.evaluation import Evaluation, evaluate
+from anysite.report.judging import FAILED, KINDS, OTHER, Judgement, describe_judgement
 from anysite.report.methods import MethodSummary, split_by_method, summarise_methods
 from anysite.report.pictures import OKABE_ITO
 from anysite.report.read import Row, Source, read_sources
@@ -46,6 +47,7 @@ class Chapter:
     labels: LabelCurves | None
     corruptions: CorruptionCurves | None
     evaluations: tuple[Evaluation, ...]
+    judgements: tuple[Judgement, ...]
     corrupted: int
 
 
@@ -82,6 +84,7 @@ def write_report(paths: Sequence[Path], output: Path, title: str = "") -> Path:
         split_names=texts.SPLIT_NAMES,
         colours=len(OKABE_ITO),
         failed_dice=FAILED,
+        kinds=KINDS | {"in_domain": texts.SPLIT_NAMES["in_domain"], "all": "all"},
     )
     atomic.write_text(Path(output), page)
     return Path(output)
@@ -119,6 +122,7 @@ def _by_dataset(sources: Sequence[Source]) -> dict[str, list[Source]]:
 
 def _chapter(dataset: str, sources: Sequence[Source]) -> Chapter:
     rows = list({row.key: row for source in sources for row in source.rows}.values())
+    everything, rows = rows, [row for row in rows if row.split != OTHER]
     clean = [row for row in rows if is_clean(row)]
     labels = describe_labels(clean)
     # Side by side stand the methods that learned from all labels; the curves hold the others.
@@ -133,6 +137,11 @@ def _chapter(dataset: str, sources: Sequence[Source]) -> Chapter:
         labels=labels,
         corruptions=describe_corruptions(rows),
         evaluations=tuple(evaluate(source) for source in folders),
+        judgements=tuple(
+            judgement
+            for name, found in split_by_method(everything).items()
+            if (judgement := describe_judgement(name, found)) is not None
+        ),
         corrupted=len(rows) - len(clean),
     )
 

@@ -41,6 +41,7 @@ class Row(BaseModel):
     severity: str = ""
     corruption_version: str = ""
     labels: str = ""
+    other: str = ""
     commit: str = ""
     config: str = ""
     overrides: str = ""
@@ -70,6 +71,8 @@ class Row(BaseModel):
 
 # One record, or one for every share of a prediction that several machines made.
 MANIFESTS = "predictions*.json"
+VERDICTS = "verdicts.json"
+VERDICTS = "verdicts.json"
 
 
 class PredictedVerdict(BaseModel):
@@ -79,6 +82,8 @@ class PredictedVerdict(BaseModel):
 
     decision: str = ""
     reasons: list[str] = []
+    predicted_dice: tuple[float, float, float] | None = None
+    predicted_dice: tuple[float, float, float] | None = None
 
 
 class PredictedCase(BaseModel):
@@ -169,7 +174,40 @@ def _read_predictions(folder: Path) -> Predictions:
         except ValidationError as error:
             raise FileFormatError(_first(error), where=path, expected="the record of a prediction") from None
     cases = {name: case for part in parts for name, case in part.cases.items()}
+    for name, verdict in _read_verdicts(folder).items():
+        if name in cases:
+            cases[name] = cases[name].model_copy(update={"verdict": verdict})
     return parts[0].model_copy(update={"cases": cases})
+
+
+def _read_verdicts(folder: Path) -> dict[str, PredictedVerdict]:
+    """Return the verdicts beside the masks, which may be those of a referral; they are the ones users see."""
+    path = folder / VERDICTS
+    if not path.is_file():
+        return {}
+    try:
+        found = atomic.read_json(path)["cases"]
+        return {
+            name: PredictedVerdict.model_validate({**verdict, "decision": verdict["verdict"]})
+            for name, verdict in found.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):  # pydantic's errors are ValueErrors
+        raise FileFormatError("not readable", where=path, expected="verdicts by case") from None
+
+
+def _read_verdicts(folder: Path) -> dict[str, PredictedVerdict]:
+    """Return the verdicts beside the masks, which may be those of a referral; they are the ones users see."""
+    path = folder / VERDICTS
+    if not path.is_file():
+        return {}
+    try:
+        found = atomic.read_json(path)["cases"]
+        return {
+            name: PredictedVerdict.model_validate({**verdict, "decision": verdict["verdict"]})
+            for name, verdict in found.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):  # pydantic's errors are ValueErrors
+        raise FileFormatError("not readable", where=path, expected="verdicts by case") from None
 
 
 def _holds_rows(path: Path) -> bool:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from anysite.judgement import is_judgement
 from anysite.report.read import Row
 from anysite.statistics import Estimate, estimate_mean
 
@@ -71,7 +72,11 @@ def is_clean(row: Row) -> bool:
 
 def metrics_of(rows: Iterable[Row]) -> list[str]:
     """Return the metrics of cases that occur, the usual ones first."""
-    found = dict.fromkeys(row.metric for row in rows if row.case and row.metric not in RUN_METRICS)
+    found = dict.fromkeys(
+        row.metric
+        for row in rows
+        if row.case and row.metric not in RUN_METRICS and not is_judgement(row.metric)
+    )
     return [m for m in METRICS if m in found] + sorted(m for m in found if m not in METRICS)
 
 
