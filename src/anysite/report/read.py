@@ -83,7 +83,6 @@ class PredictedVerdict(BaseModel):
     decision: str = ""
     reasons: list[str] = []
     predicted_dice: tuple[float, float, float] | None = None
-    predicted_dice: tuple[float, float, float] | None = None
 
 
 class PredictedCase(BaseModel):
