@@ -31,7 +31,7 @@ LAYERS = [
     {"calibrate", "references"},
     {"loop"},
     {"train", "verdicts"},
-    {"predict"},
+    {"predict", "foreign"},
     {"evaluate"},
     {"experiment"},
     {"benchmark", "report", "describe"},

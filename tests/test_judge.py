@@ -67,6 +67,8 @@ def draw(rng: np.random.Generator) -> Draw:
         layers = tuple(layer_of(rng.normal(size=(n, 6)) @ mixing[kind] + 2 * kind) for n in (400, 100))
         image = rng.normal(size=(1, 24, 24)) ** (1 + 2 * kind)
         distance = np.hypot(*np.mgrid[-12:12, -12:12]) - rng.uniform(5, 8)
+        if kind:  # a second piece in a corner
+            distance = np.minimum(distance, np.hypot(*(np.mgrid[-12:12, -12:12] + 9)) - 2)
         logits = -distance * (0.3 if kind else 2.0) - (100 if empty else 0)
         found = 1 / (1 + np.exp(-logits))
         maps = np.stack([found, found / 2]) if overlapping else np.stack([1 - found, found])

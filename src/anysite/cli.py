@@ -316,6 +316,106 @@ def predict(
 
 
 @app.command()
+def judge(
+    masks_and_images: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="MASKS... IMAGES",
+            help="folders of masks, one a model, then their images; or a prediction folder alone",
+        ),
+    ],
+    reference: Annotated[
+        Path | None, typer.Option(help="a dataset of images and labels like those the models were trained on")
+    ] = None,
+    reference_masks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="the models' masks of the reference images, a folder for each of MASKS (repeatable)"
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder for the verdicts on masks of other programs")
+    ] = None,
+    false_alarms: Annotated[
+        float, typer.Option(help="share of images like the reference that is sent to review")
+    ] = 0.05,
+    referral: Annotated[
+        float | None, typer.Option(help="share of the images that a person can look at, such as 0.2")
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Say which masks of other programs to trust, or refer another share of one's own."""
+    from anysite import console
+    from anysite.verdicts import VERDICTS, write_verdicts
+
+    failed: dict[str, str] = {}
+    if reference is None:
+        folder, judged = _judged_before(masks_and_images)
+    else:
+        folder, (judged, failed) = (
+            _require_output(output),
+            _judge_masks(masks_and_images, reference, reference_masks or [], false_alarms),
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+    verdicts = write_verdicts(folder, judged, referral)
+    if json:
+        console.as_json({"cases": verdicts, "failed": failed})
+    else:
+        console.show_verdicts({case: v["verdict"] for case, v in verdicts.items()}, len(verdicts), folder)
+    if failed:
+        name, error = next(iter(failed.items()))
+        raise BatchError(f"{len(failed)} cases could not be judged, such as {name}: {error}")
+    if rejected := sum(verdict["verdict"] == "reject" for verdict in verdicts.values()):
+        raise RejectedMasks(
+            f"{rejected} of {len(verdicts)} masks were rejected", fix=f"see {folder / VERDICTS}"
+        )
+
+
+def _judged_before(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
+    from anysite.manifest import read_manifests
+
+    if len(paths) != 1:
+        raise ConfigError(
+            f"{len(paths)} paths without --reference",
+            expected="one folder of anysite predict, or masks and images with --reference DATASET",
+        )
+    cases = read_manifests(paths[0])["cases"]
+    return paths[0], {name: entry["verdict"] for name, entry in cases.items() if entry.get("verdict")}
+
+
+def _judge_masks(
+    paths: list[Path], reference: Path, reference_masks: list[Path], false_alarms: float
+) -> tuple[dict[str, Any], dict[str, str]]:
+    from anysite import console
+    from anysite.data.layouts import open_dataset, open_images
+    from anysite.foreign import MaskJudge
+
+    *folders, images = paths
+    if not folders:
+        raise ConfigError("one path with --reference", expected="folders of masks, then their images")
+    cases = open_images(images)
+    console.say("learning what is usual from the reference")
+    mask_judge = MaskJudge(open_dataset(reference), reference_masks, len(folders), false_alarms)
+    console.say(f"judging by {', '.join(mask_judge.judge.detectors)}")
+    judged: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    with console.case_bar(len(cases), "judging") as advance:
+        for outcome in mask_judge.judge_folders(folders, cases):
+            if outcome.verdict is None:
+                failed[outcome.case.id] = outcome.error
+            else:
+                judged[outcome.case.id] = outcome.verdict
+            advance()
+    return judged, failed
+
+
+def _require_output(output: Path | None) -> Path:
+    if output is None:
+        raise ConfigError("no --output", expected="a folder for the verdicts")
+    return output
+
+
+@app.command()
 def evaluate(
     predictions: Annotated[
         Path, typer.Argument(metavar="PREDICTIONS", help="folder of masks named after cases")

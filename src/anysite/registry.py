@@ -39,6 +39,7 @@ DETECTORS = {
     "mahalanobis": "anysite.detectors.mahalanobis:Mahalanobis",
     "nearest": "anysite.detectors.nearest:Nearest",
     "entropy": "anysite.detectors.entropy:Entropy",
+    "shape": "anysite.detectors.shape:Shape",
     "pairwise_dice": "anysite.detectors.pairwise_dice:PairwiseDice",
 }
 

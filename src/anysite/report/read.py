@@ -72,7 +72,6 @@ class Row(BaseModel):
 # One record, or one for every share of a prediction that several machines made.
 MANIFESTS = "predictions*.json"
 VERDICTS = "verdicts.json"
-VERDICTS = "verdicts.json"
 
 
 class PredictedVerdict(BaseModel):
@@ -177,21 +176,6 @@ def _read_predictions(folder: Path) -> Predictions:
         if name in cases:
             cases[name] = cases[name].model_copy(update={"verdict": verdict})
     return parts[0].model_copy(update={"cases": cases})
-
-
-def _read_verdicts(folder: Path) -> dict[str, PredictedVerdict]:
-    """Return the verdicts beside the masks, which may be those of a referral; they are the ones users see."""
-    path = folder / VERDICTS
-    if not path.is_file():
-        return {}
-    try:
-        found = atomic.read_json(path)["cases"]
-        return {
-            name: PredictedVerdict.model_validate({**verdict, "decision": verdict["verdict"]})
-            for name, verdict in found.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):  # pydantic's errors are ValueErrors
-        raise FileFormatError("not readable", where=path, expected="verdicts by case") from None
 
 
 def _read_verdicts(folder: Path) -> dict[str, PredictedVerdict]:

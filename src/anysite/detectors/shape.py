@@ -1,0 +1,60 @@
+"""Shape of a mask: Albà et al., 2018, https://doi.org/10.1016/j.media.2017.10.001, who tell bad ones by it."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import ndimage
+
+from anysite.detectors import Detector, Output, Vector, Vectors
+from anysite.detectors.mahalanobis import learn_components, measure
+from anysite.networks import require_fractions
+
+
+class Shape(Detector):
+    """How unlike those of known masks the sizes, pieces and surfaces of the structures are.
+
+    Albà et al. learned from good and bad contours; here known masks alone set the scale, as Mahalanobis distance in
+    principal components.
+
+    Args:
+        variance: Share of the variance that the principal components kept must hold.
+
+    Raises:
+        ConfigError: a setting out of range.
+    """
+
+    reason = "the size or shape of what was found is unlike that of known masks"
+    of_shift = False
+
+    def __init__(self, *, variance: float = 0.99) -> None:
+        super().__init__()
+        require_fractions("detectors.shape", variance=variance)
+        self.variance = variance
+
+    def describe(self, output: Output) -> Vector:
+        """Return four logarithms a class: of its size, its pieces, the share of the largest, and its surface."""
+        chances = output.probabilities
+        if output.overlapping:
+            masks = list(chances > 0.5)
+        else:
+            label = chances.argmax(0)
+            masks = [label == index for index in range(1, len(chances))]
+        return np.concatenate([_describe(mask) for mask in masks])
+
+    def fit(self, vectors: Vectors) -> None:
+        """Learn the principal components of known masks."""
+        self.memory = learn_components(vectors, self.variance)
+
+    def distance(self, vector: Vector) -> float:
+        """Return the distance over the components and beyond them."""
+        return measure(vector, self.memory)
+
+
+def _describe(mask: np.ndarray) -> Vector:
+    size = int(mask.sum())
+    pieces = np.zeros(mask.shape, np.int32)
+    count = int(ndimage.label(mask, output=pieces))  # pyright: ignore[reportArgumentType]
+    largest = int(np.bincount(pieces.ravel())[1:].max()) if count else 0
+    inside = int(ndimage.binary_erosion(mask).sum())
+    share = largest / size if size else 1.0
+    return np.log([(size + 1) / mask.size, count + 1, share, size - inside + 1])

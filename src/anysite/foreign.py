@@ -1,0 +1,176 @@
+"""Judging masks that other programs made, from images and masks known to be good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from anysite.config import JudgeSettings, PlanSettings
+from anysite.data import files
+from anysite.data.case import Case, Dataset
+from anysite.data.probabilities import read_probabilities
+from anysite.data.volume import Volume
+from anysite.detectors import Output
+from anysite.errors import AnysiteError, DataError, GeometryError, describe_error
+from anysite.judge import LEAST, Judge, Reference
+from anysite.plan import Normalisation, Plan, learn_plan
+from anysite.segment import count_agreement
+
+AGREE = 0.99  # share of voxels in which probabilities and mask of one file name must agree
+
+
+@dataclass(frozen=True)
+class JudgedMask:
+    """The verdict on one case, as `verdicts.json` holds it, or the error that prevented it."""
+
+    case: Case
+    verdict: Mapping[str, Any] | None
+    error: str = ""
+
+
+class MaskJudge:
+    """A judge of masks without the network that made them.
+
+    It knows how the images' intensities are distributed, what sizes and shapes masks have, how far several masks
+    of one image agree, and with probabilities how sure the other program was. What it cannot know is the network's
+    features.
+
+    Args:
+        reference: Labelled images like those the masks' maker was trained on.
+        folders: Folders of its masks of the reference images, one for each folder to be judged; none: the labels
+            stand for them, and of agreement and certainty nothing can be said.
+        members: How many folders will be judged at a time.
+        false_alarms: Share of images like the reference that is sent to review.
+
+    Raises:
+        DataError: not as many folders as members, fewer than five patients, or masks that are missing.
+    """
+
+    def __init__(
+        self, reference: Dataset, folders: Sequence[Path], members: int, false_alarms: float = 0.05
+    ) -> None:
+        if folders and len(folders) != members:
+            raise DataError(
+                f"{len(folders)} folders of reference masks", expected=f"one for each of {members} to judge"
+            )
+        self.dataset, self.members = reference, members
+        self.plan = learn_plan(reference, PlanSettings())
+        cases = [case for case in reference.labelled if not folders or _is_complete(folders, case)]
+        if len({case.patient for case in cases}) < LEAST:
+            raise DataError(
+                f"{len(cases)} reference cases with masks", where=reference.name,
+                expected=f"cases of {LEAST} patients or more", fix="give more of them",
+            )  # fmt: skip
+        names = ["histogram", "shape"] + (["pairwise_dice"] if folders and members > 1 else [])
+        if folders and all(_probabilities_of(folder, case.id) for folder in folders for case in cases):
+            names.append("entropy")
+        self.judge = Judge(
+            JudgeSettings(detectors={name: {} for name in names}, false_alarms=false_alarms, shifted_copies=0)
+        )
+        described = []
+        for case in cases:
+            output = self._observe(case, folders)
+            described.append(Reference(self.judge.describe(output), f"{case.domain}/{case.patient}"))
+        self.judge.fit(described, [])
+
+    def judge_folders(self, folders: Sequence[Path], cases: Sequence[Case]) -> Iterator[JudgedMask]:
+        """Yield the verdict on the masks of every case, which the folders hold under its id.
+
+        Raises:
+            DataError: no folder holds a mask of any case.
+        """
+        if not any(_mask_of(folder, case.id) for folder in folders for case in cases):
+            raise DataError(
+                "no mask of any case", where=", ".join(map(str, folders)), expected="masks named after cases",
+                fix=f"such as {cases[0].id}.nii.gz or {cases[0].id}.png" if cases else "",
+            )  # fmt: skip
+        for case in cases:
+            try:
+                verdict = self.judge.judge(self._observe(case, folders))
+            except (AnysiteError, RuntimeError, MemoryError, ValueError, ArithmeticError) as error:
+                text = case.without_folders(describe_error(error))
+                for folder in folders:
+                    text = text.replace(f"{folder}/", "").replace(str(folder), folder.name)
+                yield JudgedMask(case, None, text)
+                continue
+            yield JudgedMask(case, asdict(verdict))
+
+    def _observe(self, case: Case, folders: Sequence[Path]) -> Output:
+        """Return what the judge may know of one case, on the reference's grid; without folders its own label."""
+        image = case.image()
+        normalised = self.plan.to_grid(image).numpy()  # first, because it says what does not fit
+        if folders:
+            maps = [self._read_maps(folder, case, image) for folder in folders]
+        else:
+            label = self.dataset.class_indices(case.label(), where=case.label_path)
+            maps = [self._as_maps(label)]
+        mean = np.mean(maps, 0)
+        views = [torch.from_numpy(one)[None] for one in maps]
+        agreement = count_agreement(views, bool(self.plan.regions)) if len(views) > 1 else None
+        return Output(normalised, mean, bool(self.plan.regions), (), agreement)
+
+    def _read_maps(self, folder: Path, case: Case, image: Volume) -> Float[np.ndarray, "k *s"]:
+        path = _mask_of(folder, case.id)
+        if path is None:
+            raise DataError("no mask", where=folder, expected=f"one named {case.id}")
+        mask = self.dataset.class_indices(files.read_label(path), where=path)
+        if not mask.same_grid(image):
+            raise GeometryError(
+                f"a mask of shape {mask.shape}", where=path, expected=f"the grid of the image, {image.shape}"
+            )
+        saved = _probabilities_of(folder, case.id)
+        if saved is None or "entropy" not in self.judge.detectors:
+            return self._as_maps(mask)
+        return self._on_grid(image.with_array(_turn(read_probabilities(saved), self.plan, mask, saved)))
+
+    def _as_maps(self, label: Volume) -> Float[np.ndarray, "k *s"]:
+        found = self.plan.label_to_grid(label).numpy()
+        maps = self.plan.as_maps(found.ravel()).reshape(-1, *found.shape)
+        return maps.astype(np.float32)
+
+    def _on_grid(self, probabilities: Volume) -> Float[np.ndarray, "k *s"]:
+        count = len(probabilities.array)
+        untouched = {"channels": count, "normalisation": (Normalisation(kind="none"),) * count}
+        return self.plan.model_copy(update=untouched).to_grid(probabilities).clamp(0, 1).numpy()
+
+
+def _turn(
+    probabilities: Float[np.ndarray, "k *s"], plan: Plan, mask: Volume, where: Path
+) -> Float[np.ndarray, "k *t"]:
+    """Return probabilities in the axes of their mask: those of nnU-Net have theirs in reverse order.
+
+    Raises:
+        GeometryError: in neither order do they give the mask.
+    """
+    if probabilities.ndim == mask.dimension + 2 and probabilities.shape[1] == 1:  # of a picture
+        probabilities = probabilities[:, 0]
+    if len(probabilities) == plan.outputs:
+        for turned in (probabilities, np.moveaxis(probabilities, 0, -1).T):
+            if turned.shape[1:] == mask.shape:
+                decided = plan.decide(mask.with_array(turned)).array
+                if (decided == mask.array).mean() >= AGREE:
+                    return np.ascontiguousarray(turned)
+    raise GeometryError(
+        f"probabilities of shape {probabilities.shape} that do not give the mask", where=where,
+        expected=f"{plan.outputs} maps of {mask.shape}, or of that shape reversed",
+        fix="save both in one run, without postprocessing the masks",
+    )  # fmt: skip
+
+
+def _is_complete(folders: Sequence[Path], case: Case) -> bool:
+    return all(_mask_of(folder, case.id) for folder in folders)
+
+
+def _mask_of(folder: Path, case: str) -> Path | None:
+    return next((path for suffix in files.FORMATS if (path := folder / f"{case}{suffix}").is_file()), None)
+
+
+def _probabilities_of(folder: Path, case: str) -> Path | None:
+    path = folder / f"{case}.npz"
+    return path if path.is_file() else None
