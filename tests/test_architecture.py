@@ -36,6 +36,7 @@ LAYERS = [
     {"experiment"},
     {"benchmark", "report", "describe"},
     {"console"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from anysite import cli, predict, registry, runs
+from anysite import cli, commands, predict, registry, runs
 from anysite.benchmark import Job, JobOutcome
 from anysite.data.phantom import write_phantom
 from anysite.errors import ConfigError
@@ -257,7 +257,7 @@ def test_an_interrupted_training_ends_with_3_and_goes_on(
     [("90", 90), ("90s", 90), (" 1.5 h ", 5400), ("10m", 600), ("2h", 7200), ("0.5s", 0.5)],
 )
 def test_durations(text: str, seconds: float) -> None:
-    assert cli.parse_duration(text) == seconds
+    assert commands.parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_durations(text: str, seconds: float) -> None:
 )
 def test_durations_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--budget .*; expected a time such as 90s, 10m or 2h"):
-        cli.parse_duration(text)
+        commands.parse_duration(text)
 
 
 def test_help_version_and_no_arguments() -> None:

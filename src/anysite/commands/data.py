@@ -1,0 +1,56 @@
+"""What a dataset or any other path holds, and what there is to choose from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anysite.commands import AsJson, DatasetPath
+
+
+def check(dataset: DatasetPath, json: AsJson = False) -> None:
+    """List every problem of a dataset at once, with the file, what was found and what to do."""
+    from anysite import console
+    from anysite.data.check import inspect_dataset
+
+    inspection = inspect_dataset(dataset)
+    console.as_json(inspection) if json else console.show_inspection(inspection)
+    if any(problem.severity == "error" for problem in inspection.problems):
+        raise typer.Exit(1)
+
+
+def methods(json: AsJson = False) -> None:
+    """List networks, objectives, detectors and presets with their settings."""
+    from anysite import config, console, registry
+
+    listed = [registry.describe(kind, name) for kind, names in registry.TABLES.items() for name in names]
+    if json:
+        console.as_json({"methods": listed, "presets": config.preset_names()})
+        return
+    for kind, names in registry.TABLES.items():
+        console.say(f"{kind}s")
+        for method in (m for m in listed if m.kind == kind and m.name in names):
+            console.say(f"  {method.name:16}{method.headline}")
+            if method.settings:
+                console.say(f"  {'':16}" + ", ".join(f"{k}={v}" for k, v in method.settings.items()))
+    console.say("presets\n  " + ", ".join(config.preset_names()))
+
+
+def info(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="a run folder, a prediction folder, a dataset or an image")
+    ],
+    json: AsJson = False,
+) -> None:
+    """Tell what a path holds."""
+    from anysite import console
+    from anysite.describe import describe
+
+    content = describe(path)
+    if json:
+        console.as_json(content)
+        return
+    for name, value in content.items():
+        console.say(f"{name:16}{value}")

@@ -1,0 +1,55 @@
+"""The demonstration: every main verb in turn, on a made-up dataset."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anysite.commands.data import check
+from anysite.commands.prediction import predict
+from anysite.commands.results import evaluate, report
+from anysite.commands.training import train
+from anysite.errors import ConfigError, RejectedMasks
+
+
+def demo(
+    output: Annotated[
+        Path | None, typer.Option(help="folder for everything; default: demo, or demo_3d")
+    ] = None,
+    dimension: Annotated[int, typer.Option(help="2 for pictures, 3 for volumes")] = 2,
+    budget: Annotated[str, typer.Option(help="time for training")] = "150s",
+    seed: int = 0,
+) -> None:
+    """The whole chain on a made-up dataset: train on three sites, test on a fourth, end in an HTML report."""
+    from anysite import console
+    from anysite.data.phantom import write_phantom
+
+    if dimension not in (2, 3):
+        raise ConfigError(f"--dimension {dimension}", expected="2 or 3")
+    output = output or Path("demo" if dimension == 2 else "demo_3d")
+    began = time.monotonic()
+    data, run, masks, page = (
+        output / f"phantom_{dimension}d",
+        output / "run",
+        output / "masks",
+        output / "report.html",
+    )
+    if not (data / "index.csv").is_file():
+        write_phantom(data, dimension=dimension, patients_per_site=20, seed=seed)
+    console.say(f"1. anysite check {data}")
+    check(data)
+    console.say(f"\n2. anysite train {data} --output {run} --test-domain west --budget {budget} --resume")
+    train(data, run, test_domain=["west"], budget=budget, seed=seed, resume=True)
+    console.say(f"\n3. anysite predict {run} {data} --output {masks}")
+    try:
+        predict([run, data], masks)
+    except RejectedMasks as error:  # as it should be, at a site that was never seen
+        console.say(str(error))
+    console.say(f"\n4. anysite evaluate {masks} {data}")
+    evaluate(masks, data)
+    console.say(f"\n5. anysite report {masks} --output {page}")
+    report([masks], page)
+    console.say(f"\nDone in {console.format_seconds(time.monotonic() - began)}. Open {page} in a browser.")

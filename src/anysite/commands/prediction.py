@@ -1,0 +1,191 @@
+"""Predicting masks, and judging those of other programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from anysite.commands import AsJson, Plugins, trust
+from anysite.errors import BatchError, ConfigError, RejectedMasks
+
+if TYPE_CHECKING:
+    from anysite.predict import CaseOutcome
+
+
+def predict(
+    runs_and_input: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN... INPUT", help="run folders, then a dataset, a folder of images or one file"
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="folder for the masks")],
+    save_probabilities: Annotated[
+        bool, typer.Option("--save-probabilities", help="write CASE.npz beside each mask")
+    ] = False,
+    part: Annotated[
+        str, typer.Option(help="the I-th of N shares of the cases, for several machines")
+    ] = "1/1",
+    flips: Annotated[
+        bool | None, typer.Option(help="test-time augmentation by mirroring; default: the run's setting")
+    ] = None,
+    calibrate: Annotated[
+        bool | None, typer.Option(help="probabilities by the run's temperature; default: the run's setting")
+    ] = None,
+    include_training: Annotated[
+        bool, typer.Option("--include-training", help="also cases the run was trained on")
+    ] = False,
+    referral: Annotated[
+        float | None,
+        typer.Option(
+            help="share of the images that a person can look at, such as 0.2; default: as verdicts say"
+        ),
+    ] = None,
+    accelerator: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    plugin: Plugins = None,
+) -> None:
+    """Segment images with one run, or with several whose probabilities are averaged."""
+    if len(runs_and_input) < 2:
+        raise ConfigError("one path", expected="one or more run folders, then the input")
+    trust(plugin)
+    from anysite import console, runs
+    from anysite import predict as prediction
+    from anysite.verdicts import VERDICTS, read_verdicts
+
+    *folders, source = runs_and_input
+    opened = [runs.open_run(folder) for folder in folders]
+    dataset, sites_known = prediction.open_input(source, opened[0].plan)
+    cases = dataset.cases
+    if not include_training:
+        cases = tuple(c for c in cases if prediction.split_of(c, opened, sites_known) != "training")
+        if left_out := len(dataset.cases) - len(cases):
+            console.say(f"{left_out} cases were trained on and are left out (--include-training keeps them)")
+    share = prediction.select_part(cases, part)
+    outcomes: list[CaseOutcome] = []
+    with console.case_bar(len(share), "predicting") as advance:
+        for outcome in prediction.predict(
+            opened, cases, output, flips=flips, calibrate=calibrate, save_probabilities=save_probabilities, part=part,
+            referral=referral, dataset=dataset, sites_known=sites_known, accelerator=accelerator,
+        ):  # fmt: skip
+            outcomes.append(outcome)
+            advance(outcome)
+    count = Counter(outcome.status for outcome in outcomes)
+    console.say(
+        f"{count['done']} masks written to {output}, {count['skipped']} were there already, "
+        f"{count['failed']} cases failed"
+    )
+    verdicts = read_verdicts(output)
+    judged = {case.id: verdicts[case.id]["verdict"] for case in share if case.id in verdicts}
+    console.show_verdicts(judged, len(share), output)
+    if count["failed"]:
+        raise BatchError(
+            f"{count['failed']} of {len(share)} cases failed",
+            fix=f"the reasons are above and in {prediction.manifest_path(output, part)}",
+        )
+    if rejected := list(judged.values()).count("reject"):
+        raise RejectedMasks(
+            f"{rejected} of {len(share)} masks were rejected",
+            fix=f"the reasons are in {output / VERDICTS}; all masks are written",
+        )
+
+
+def judge(
+    masks_and_images: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="MASKS... IMAGES",
+            help="folders of masks, one a model, then their images; or a prediction folder alone",
+        ),
+    ],
+    reference: Annotated[
+        Path | None, typer.Option(help="a dataset of images and labels like those the models were trained on")
+    ] = None,
+    reference_masks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="the models' masks of the reference images, a folder for each of MASKS (repeatable)"
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder for the verdicts on masks of other programs")
+    ] = None,
+    false_alarms: Annotated[
+        float, typer.Option(help="share of images like the reference that is sent to review")
+    ] = 0.05,
+    referral: Annotated[
+        float | None, typer.Option(help="share of the images that a person can look at, such as 0.2")
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Say which masks of other programs to trust, or refer another share of one's own."""
+    from anysite import console
+    from anysite.verdicts import VERDICTS, write_verdicts
+
+    failed: dict[str, str] = {}
+    if reference is None:
+        folder, judged = _judged_before(masks_and_images)
+    else:
+        folder, (judged, failed) = (
+            _require_output(output),
+            _judge_masks(masks_and_images, reference, reference_masks or [], false_alarms),
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+    verdicts = write_verdicts(folder, judged, referral)
+    if json:
+        console.as_json({"cases": verdicts, "failed": failed})
+    else:
+        console.show_verdicts({case: v["verdict"] for case, v in verdicts.items()}, len(verdicts), folder)
+    if failed:
+        name, error = next(iter(failed.items()))
+        raise BatchError(f"{len(failed)} cases could not be judged, such as {name}: {error}")
+    if rejected := sum(verdict["verdict"] == "reject" for verdict in verdicts.values()):
+        raise RejectedMasks(
+            f"{rejected} of {len(verdicts)} masks were rejected", fix=f"see {folder / VERDICTS}"
+        )
+
+
+def _judged_before(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
+    from anysite.manifest import read_manifests
+
+    if len(paths) != 1:
+        raise ConfigError(
+            f"{len(paths)} paths without --reference",
+            expected="one folder of anysite predict, or masks and images with --reference DATASET",
+        )
+    cases = read_manifests(paths[0])["cases"]
+    return paths[0], {name: entry["verdict"] for name, entry in cases.items() if entry.get("verdict")}
+
+
+def _judge_masks(
+    paths: list[Path], reference: Path, reference_masks: list[Path], false_alarms: float
+) -> tuple[dict[str, Any], dict[str, str]]:
+    from anysite import console
+    from anysite.data.layouts import open_dataset, open_images
+    from anysite.foreign import MaskJudge
+
+    *folders, images = paths
+    if not folders:
+        raise ConfigError("one path with --reference", expected="folders of masks, then their images")
+    cases = open_images(images)
+    console.say("learning what is usual from the reference")
+    mask_judge = MaskJudge(open_dataset(reference), reference_masks, len(folders), false_alarms)
+    console.say(f"judging by {', '.join(mask_judge.judge.detectors)}")
+    judged: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    with console.case_bar(len(cases), "judging") as advance:
+        for outcome in mask_judge.judge_folders(folders, cases):
+            if outcome.verdict is None:
+                failed[outcome.case.id] = outcome.error
+            else:
+                judged[outcome.case.id] = outcome.verdict
+            advance()
+    return judged, failed
+
+
+def _require_output(output: Path | None) -> Path:
+    if output is None:
+        raise ConfigError("no --output", expected="a folder for the verdicts")
+    return output

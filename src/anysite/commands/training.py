@@ -1,0 +1,111 @@
+"""Training and pretraining."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from anysite.commands import (
+    Budget,
+    DatasetPath,
+    Overrides,
+    Plugins,
+    Preset,
+    Resume,
+    RunOutput,
+    Seed,
+    TestDomains,
+    parse_duration,
+    trust,
+)
+from anysite.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from anysite.config import Config
+    from anysite.data.case import Dataset
+
+
+def train(
+    dataset: DatasetPath,
+    output: RunOutput,
+    preset: Preset = "baseline",
+    set_: Overrides = None,
+    test_domain: TestDomains = None,
+    seed: Seed = None,
+    budget: Budget = None,
+    resume: Resume = False,
+    plugin: Plugins = None,
+) -> None:
+    """Train on every site but the test sites, and write a run folder."""
+    trust(plugin)
+    from anysite import config
+    from anysite.data.layouts import open_dataset
+
+    settings = config.load(preset, _overrides(set_, test_domain, seed))
+    _train(open_dataset(dataset, unseen=settings.test_domains), settings, preset, output, budget, resume)
+
+
+def pretrain(
+    images: Annotated[
+        Path, typer.Argument(metavar="IMAGES", help="a dataset, labelled or not, or a folder of images")
+    ],
+    output: RunOutput,
+    method: Annotated[str, typer.Option(help="an objective that needs no labels")] = "tile_autoencoder",
+    preset: Preset = "baseline",
+    set_: Overrides = None,
+    test_domain: TestDomains = None,
+    seed: Seed = None,
+    budget: Budget = None,
+    resume: Resume = False,
+    plugin: Plugins = None,
+) -> None:
+    """Learn an encoder from images alone; anysite train --set pretrained=RUN starts from it."""
+    trust(plugin)
+    from anysite import config, registry
+    from anysite.data.case import Dataset
+    from anysite.data.layouts import find_cases, open_images
+
+    if registry.find("objective", method).needs_label:
+        raise ConfigError(f"--method {method}, which needs labels", fix="use anysite train")
+    settings = config.load(preset, _overrides(set_, test_domain, seed))
+    chosen = settings.objectives | settings.pretrain.objectives
+    settings = settings.model_copy(
+        update={"objectives": {method: chosen.get(method, {})}, "pretrain": config.PretrainSettings()}
+    )
+    try:
+        dataset = find_cases(images)
+    except DataError:
+        cases = open_images(images)  # says again what is wrong where it is a dataset after all
+        dataset = Dataset(images.resolve().name, cases, (), ())
+    _train(dataset, settings, preset, output, budget, resume)
+
+
+def _overrides(set_: list[str] | None, test_domain: list[str] | None, seed: int | None) -> list[str]:
+    overrides = list(set_ or [])
+    if test_domain:
+        overrides.append("test_domains=[" + ", ".join(f'"{name}"' for name in test_domain) + "]")
+    if seed is not None:
+        overrides.append(f"seed={seed}")
+    return overrides
+
+
+def _train(
+    dataset: Dataset, settings: Config, preset: str, output: Path, budget: str | None, resume: bool
+) -> None:
+    budget_s = None if budget is None else parse_duration(budget)
+    from anysite import console
+    from anysite import train as training
+
+    with console.training_bar() as advance:
+        run = training.train(
+            dataset,
+            settings,
+            output,
+            budget_s=budget_s,
+            resume=resume,
+            on_progress=advance,
+            facts={"preset": Path(preset).stem},
+        )
+    console.show_run(run)
