@@ -23,7 +23,8 @@ app = typer.Typer(
     help="Segmentation trained on the hospitals you have, tested on those you don't.",
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 done, 1 done but some cases failed or were rejected, 2 misuse or bad input, 3 interrupted and saved.",
+    epilog="Exit codes: 0 done, 1 done but cases failed or were rejected, 2 misuse or bad input, "
+    "3 interrupted and saved.",
 )
 
 
