@@ -34,6 +34,7 @@ from anysite.judge import (
     average_verdicts,
     decide,
 )
+from anysite.judgement import suspicion
 from anysite.learner import build_network
 from anysite.plan import Normalisation, Plan
 from anysite.predict import predict
@@ -42,7 +43,7 @@ from anysite.report.read import read_sources
 from anysite.runs import Run
 from anysite.segment import Segmenter, count_agreement, sum_layer
 from anysite.train import train
-from anysite.verdicts import read_verdicts, suspicion
+from anysite.verdicts import read_verdicts
 from conftest import small_config
 
 PLAN = Plan(
@@ -307,6 +308,10 @@ def test_decisions_follow_the_scores() -> None:
     assert decide({"a": float("nan"), "b": 0.0}, reasons) == Verdict(
         "reject", ("reason a",), {"a": None, "b": 0.0}
     )
+    low = decide({"a": 0.0}, reasons, predicted_dice=(0.5, 0.65, 0.8), least_dice=0.7)
+    assert (low.decision, low.reasons) == ("review", ("a Dice of only 0.65 is to be expected",))
+    assert decide({"a": 0.0}, reasons, predicted_dice=(0.5, 0.65, 0.8), least_dice=0.6).decision == "accept"
+    assert average_verdicts([low, low], reasons, False, 0.7) == low
     both = [decide({"a": 0.0}, reasons), decide({"a": 3.0}, reasons)]
     assert average_verdicts(both, reasons, False) == Verdict("review", ("reason a",), {"a": 1.5})
     assert average_verdicts(both[:1], reasons, False) is both[0]
@@ -522,7 +527,7 @@ def test_a_referral_is_what_the_files_the_command_and_the_report_say(
     assert not exit_.value.code
     assert "verdicts: 2 accept, 2 review, 0 reject" in capsys.readouterr().out
     written = atomic.read_json(tmp_path / "out" / "verdicts.json")["cases"]
-    order = sorted(written, key=lambda case: -suspicion(written[case]))
+    order = sorted(written, key=lambda case: -suspicion(written[case]["scores"]))
     assert [written[case]["verdict"] for case in order] == ["review", "review", "accept", "accept"]
     (source,) = read_sources([tmp_path / "out"])
     assert source.predictions is not None

@@ -15,7 +15,7 @@ from anysite.errors import ConfigError
 from anysite.evaluate import read_rows
 from anysite.experiment import Job
 from anysite.judgement import is_judgement
-from anysite.report.judging import HIGHEST, describe_judgement
+from anysite.report.judging import REFERRAL, describe_judgement
 from anysite.report.page import write_report
 from anysite.report.read import Row
 from conftest import SMALL
@@ -62,7 +62,7 @@ def test_what_the_section_says_is_what_the_rows_say() -> None:
     told = [row(name, value, case) for name, value in predicted for case in ("1", "2")]
     judgement = describe_judgement("baseline", [*HELD_OUT, *UNSEEN, *OTHER, *told])
     assert judgement is not None
-    assert judgement.scores == ("a", "b", HIGHEST)
+    assert judgement.scores == ("a", "b", REFERRAL)
     others, west = judgement.shifts
     assert (others.kind, others.name, others.images) == ("other", "brains", 2)
     assert (west.kind, west.name, west.images) == ("unseen", "west", 2)

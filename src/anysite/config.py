@@ -189,6 +189,12 @@ class PredictSettings(Settings):
     batch_size: int = Field(default=8, gt=0)
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     calibrate: bool = Field(default=True, description="scale probabilities by the run's temperature")
+    least_dice: float = Field(
+        default=0.7,
+        ge=0,
+        le=1,
+        description="a mask of which a lower Dice is to be expected is sent to review",
+    )
     normalisation: Literal["eval", "batch"] = Field(
         default="eval",
         description="batch: batch normalisation by the statistics of each batch of test windows",
@@ -208,7 +214,7 @@ class JudgeSettings(Settings):
     """What the verdict on a mask rests on; learned at the end of a training from source patients alone."""
 
     detectors: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: {"histogram": {}, "spectral": {}, "entropy": {}},
+        default_factory=lambda: {"histogram": {}, "spectral": {}, "entropy": {}, "pairwise_dice": {}},
         description="detector name to its settings; empty: no verdicts",
     )
     cases: int = Field(default=30, gt=1, le=200, description="training cases kept as references at most")

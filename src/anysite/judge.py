@@ -132,8 +132,13 @@ class Judge:
         empty = [reference.vectors["empty"][0] for reference in (*training, *clean)]
         self.share_empty = float(np.mean(empty)) if empty else 1.0
 
-    def judge(self, output: Output) -> Verdict:
-        """Return the verdict on what the run's network made of one image."""
+    def judge(self, output: Output, least_dice: float = 0.0) -> Verdict:
+        """Return the verdict on what the run's network made of one image.
+
+        Args:
+            output: Of the image.
+            least_dice: Where a lower Dice is to be expected the mask is sent to review.
+        """
         described = self.describe(output)
         scores = self._score(described)
         expected = None
@@ -146,7 +151,7 @@ class Judge:
             if all(scores[name] <= 1 for name in of_shift):
                 below, above = self.margins
                 expected = max(0.0, middle + below), middle, min(1.0, middle + above)
-        return decide(scores, self.reasons, self._is_odd(described), expected)
+        return decide(scores, self.reasons, self._is_odd(described), expected, least_dice)
 
     def memory(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return arrays and facts that `recall` needs."""
@@ -215,14 +220,18 @@ def decide(
     reasons: Mapping[str, str],
     empty: bool = False,
     predicted_dice: tuple[float, float, float] | None = None,
+    least_dice: float = 0.0,
 ) -> Verdict:
-    """Return the verdict from scores of which 1 begins a review and 3 a rejection.
+    """Return the verdict from scores of which 1 begins a review and 3 a rejection, and from the Dice to expect.
 
     A score that is not finite rejects: nothing can be said.
     """
     worst = {name: score if np.isfinite(score) else np.inf for name, score in scores.items()}
     flagged = sorted((name for name, score in worst.items() if score > 1), key=lambda name: -worst[name])
-    stated = ([EMPTY_REASON] if empty else []) + [reasons[name] for name in flagged]
+    stated = [EMPTY_REASON] if empty else []
+    if predicted_dice is not None and predicted_dice[1] < least_dice:
+        stated.append(f"a Dice of only {predicted_dice[1]:.2f} is to be expected")
+    stated += [reasons[name] for name in flagged]
     decision: Decision = "review" if stated else "accept"
     if any(score > REJECT for score in worst.values()):
         decision = "reject"
@@ -230,13 +239,16 @@ def decide(
     return Verdict(decision, tuple(stated), kept, predicted_dice)
 
 
-def average_verdicts(verdicts: Sequence[Verdict], reasons: Mapping[str, str], empty: bool) -> Verdict:
+def average_verdicts(
+    verdicts: Sequence[Verdict], reasons: Mapping[str, str], empty: bool, least_dice: float = 0.0
+) -> Verdict:
     """Return the verdict of several runs on one image, from the means of their scores, below 0 counted as 0.
 
     Args:
         verdicts: One a run that judges.
         reasons: Of every detector.
         empty: Whether the mask they made together is.
+        least_dice: As each of them was judged by.
     """
     if len(verdicts) == 1:
         return verdicts[0]
@@ -251,7 +263,7 @@ def average_verdicts(verdicts: Sequence[Verdict], reasons: Mapping[str, str], em
     if len(known) == len(verdicts):
         low, middle, high = np.mean(known, 0).tolist()
         expected = low, middle, high
-    return decide(means, reasons, odd, expected)
+    return decide(means, reasons, odd, expected, least_dice)
 
 
 def _find_limit(distances: Sequence[float], share: float) -> tuple[float, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -21,6 +22,17 @@ SENSITIVITY = 0.95
 def is_judgement(metric: str) -> bool:
     """Tell whether a row's metric speaks of the verdict and not of the mask."""
     return metric == VERDICT or metric in PREDICTED or metric.startswith(SCORE)
+
+
+def suspicion(scores: Mapping[str, float | None]) -> float:
+    """Return how much speaks against a mask, by which referral sorts: its "quality", or else its highest score.
+
+    A score that is not finite is beyond all others.
+    """
+    values = {name: math.inf if value is None else value for name, value in scores.items()}
+    if any(value == math.inf for value in values.values()):
+        return math.inf
+    return values.get("quality", max(values.values(), default=0.0))
 
 
 def area_under_roc(known: Numbers, strange: Numbers) -> float:

@@ -108,6 +108,7 @@ def predict(
     *,
     flips: bool | None = None,
     calibrate: bool | None = None,
+    least_dice: float | None = None,
     save_probabilities: bool = False,
     part: str = "1/1",
     referral: float | None = None,
@@ -122,6 +123,9 @@ def predict(
     image is skipped. A case that fails is entered with its error and the rest goes on.
 
     Args:
+        flips: Whether to average over mirrored views; like the two after it, none: as the first run's settings.
+        calibrate: Whether saved probabilities are scaled by the run's temperature.
+        least_dice: A mask of which a lower Dice is to be expected is sent to review.
         referral: Share of the cases that a person can look at, for the verdicts of all of them together.
         dataset: What the cases are of, for the manifest.
         sites_known: Whether the domains of the cases are sites, and not just names of folders.
@@ -137,7 +141,7 @@ def predict(
     _require_apart(cases, output)
     share = select_part(cases, part)
     settings = run_folders[0].config.predict
-    asked = {"flips": flips, "calibrate": calibrate}
+    asked = {"flips": flips, "calibrate": calibrate, "least_dice": least_dice}
     settings = settings.model_copy(update={name: value for name, value in asked.items() if value is not None})
     origin = {
         "runs": [

@@ -114,13 +114,16 @@ class Segmenter:
         for member, judge in zip(self.members, self.judges, strict=True):
             output = self._predict(member.plan.to_grid(image), member, watch=judge is not None)
             if judge is not None:
-                verdicts.append(judge.judge(output))
+                verdicts.append(judge.judge(output, self.settings.least_dice))
             probabilities = member.plan.from_grid(torch.from_numpy(output.probabilities), image).array
             total = probabilities if total is None else total + probabilities
         assert total is not None
         mean = image.with_array(total / len(self.members))
         label = self.plan.decide(mean)
-        verdict = average_verdicts(verdicts, self.reasons, not label.array.any()) if verdicts else None
+        verdict = None
+        if verdicts:
+            empty, least_dice = not label.array.any(), self.settings.least_dice
+            verdict = average_verdicts(verdicts, self.reasons, empty, least_dice)
         return Prediction(label, mean, self.temperature, bool(self.plan.regions), verdict)
 
     def observe(self, image: Volume, flips: bool | None = None) -> Output:

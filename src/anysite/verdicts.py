@@ -11,7 +11,7 @@ from typing import Any
 
 from anysite import atomic
 from anysite.errors import ConfigError, FileFormatError
-from anysite.judgement import DECISIONS
+from anysite.judgement import DECISIONS, suspicion
 
 VERDICTS = "verdicts.json"
 VERDICT_FILES = (VERDICTS, "verdicts.csv")
@@ -80,7 +80,7 @@ def refer(cases: Verdicts, share: float) -> Verdicts:
     if not 0 <= share <= 1:
         raise ConfigError(f"{share:g}", where="--referral", expected="0 to 1")
     order = sorted(
-        cases, key=lambda case: (cases[case]["verdict"] != "reject", -suspicion(cases[case]), case)
+        cases, key=lambda case: (cases[case]["verdict"] != "reject", -suspicion(cases[case]["scores"]), case)
     )
     seen = set(order[: math.floor(share * len(order) + 1e-9)])
     result: Verdicts = {}
@@ -92,12 +92,6 @@ def refer(cases: Verdicts, share: float) -> Verdicts:
             decision, reasons = "accept", [PASSED_OVER, *reasons]
         result[case] = verdict | {"verdict": decision, "reasons": reasons}
     return result
-
-
-def suspicion(verdict: Mapping[str, Any]) -> float:
-    """Return how much speaks against a mask: its highest score, beyond all where one is not finite."""
-    values = [math.inf if value is None else value for value in verdict["scores"].values()]
-    return max(values, default=0.0)
 
 
 def _as_table(cases: Verdicts) -> str:

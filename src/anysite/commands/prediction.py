@@ -35,6 +35,14 @@ def predict(
     calibrate: Annotated[
         bool | None, typer.Option(help="probabilities by the run's temperature; default: the run's setting")
     ] = None,
+    least_dice: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="review masks of which a lower Dice is to be expected; default: the run's setting",
+        ),
+    ] = None,
     include_training: Annotated[
         bool, typer.Option("--include-training", help="also cases the run was trained on")
     ] = False,
@@ -67,7 +75,8 @@ def predict(
     outcomes: list[CaseOutcome] = []
     with console.case_bar(len(share), "predicting") as advance:
         for outcome in prediction.predict(
-            opened, cases, output, flips=flips, calibrate=calibrate, save_probabilities=save_probabilities, part=part,
+            opened, cases, output, flips=flips, calibrate=calibrate, least_dice=least_dice,
+            save_probabilities=save_probabilities, part=part,
             referral=referral, dataset=dataset, sites_known=sites_known, accelerator=accelerator,
         ):  # fmt: skip
             outcomes.append(outcome)

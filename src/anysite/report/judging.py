@@ -23,6 +23,7 @@ from anysite.judgement import (
     false_positive_rate,
     rank_correlation,
     risk_by_coverage,
+    suspicion,
 )
 from anysite.report.charts import line_plot
 from anysite.report.read import Row
@@ -31,7 +32,7 @@ from anysite.statistics import Estimate
 
 FAILED = 0.7  # Dice below which a mask counts as failed
 REFERRED = 0.2  # share that a person looks at
-HIGHEST = "highest"  # of all scores, by which `anysite predict --referral` sorts
+REFERRAL = "referral"  # by what `anysite predict --referral` sorts
 OTHER = "other"
 KINDS = {OTHER: "another dataset", "corrupted": "corrupted", "unseen": "unseen site"}
 
@@ -112,9 +113,9 @@ def describe_judgement(method: str, rows: Sequence[Row]) -> Judgement | None:
     if not judged:
         return None
     for one in judged:
-        one.scores[HIGHEST] = max(one.scores.values(), default=0.0)
-    scores = tuple(dict.fromkeys(name for one in judged for name in one.scores if name != HIGHEST))
-    scores = (*scores, HIGHEST)
+        one.scores[REFERRAL] = suspicion(one.scores)
+    scores = tuple(dict.fromkeys(name for one in judged for name in one.scores if name != REFERRAL))
+    scores = (*scores, REFERRAL)
     shifts = tuple(_measure_shifts(judged, scores))
     kinds = dict.fromkeys(shift.kind for shift in shifts)
     means = [_average(kind, [s for s in shifts if s.kind == kind], scores) for kind in kinds]
