@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 MARKERS = ("<!-- table: written by make docs -->", "<!-- end of table -->")
 
+ASIDE = ("method", "judging")  # entries with a page of their own
 INTRODUCTION = """# Evidence
 
 Every number on this page is computed from the rows in `results/` by `make docs`; a test fails where page and rows
@@ -44,12 +45,12 @@ COMPARISON_HEADER = [
 
 def describe_evidence() -> str:
     """Return the evidence page."""
-    index = _index()
+    index = read_index()
     lines = [INTRODUCTION, "## The gap of the baseline", "", *baseline_table(index), ""]
     for page, entries in _comparisons(index).items():
         lines += [f"## Compared: [{page}](methods/{page}.md)", "", *comparison_tables(entries)]
     for name, entry in index.items():
-        if (RESULTS / name).is_file() and "method" not in entry:
+        if (RESULTS / name).is_file() and entry.keys().isdisjoint(ASIDE):
             rows = read_rows(RESULTS / name)
             commits = ", ".join(sorted({f"`{row['commit']}`" for row in rows}))
             lines += [
@@ -66,21 +67,21 @@ def describe_evidence() -> str:
 
 def write_readme_table(readme: str) -> str:
     """Return the README's text with its results table written anew."""
-    return _between_markers(readme, baseline_table(_index()))
+    return between_markers(readme, baseline_table(read_index()))
 
 
 def write_method_table(page: str, text: str) -> str:
     """Return the text of the method page `page` with its tables of results, if it has any, written anew."""
     if MARKERS[0] not in text:
         return text
-    return _between_markers(text, comparison_tables(_comparisons(_index()).get(page, {})))
+    return between_markers(text, comparison_tables(_comparisons(read_index()).get(page, {})))
 
 
 def baseline_table(index: dict[str, dict[str, str]]) -> list[str]:
     """Return one row for every result file and set of training sites."""
     lines = list(HEADER)
     for name, entry in index.items():
-        if not (RESULTS / name).is_file() or "method" in entry or "aside" in entry:
+        if not (RESULTS / name).is_file() or not entry.keys().isdisjoint((*ASIDE, "aside")):
             continue
         rows = [row for row in read_rows(RESULTS / name) if row["method"] == "baseline"]
         for trained_on in dict.fromkeys(row["train_domains"] for row in rows):
@@ -114,7 +115,8 @@ def _describe_method(summary: MethodSummary) -> str:
     return f"| {' | '.join(cells)} | {len(summary.seeds)} | {minutes} |"
 
 
-def _index() -> dict[str, dict[str, str]]:
+def read_index() -> dict[str, dict[str, str]]:
+    """Return what results/index.json says of every file of rows."""
     return json.loads((RESULTS / "index.json").read_text(encoding="utf-8"))
 
 
@@ -127,7 +129,8 @@ def _comparisons(index: dict[str, dict[str, str]]) -> dict[str, dict[str, dict[s
     return pages
 
 
-def _between_markers(text: str, lines: list[str]) -> str:
+def between_markers(text: str, lines: list[str]) -> str:
+    """Return a page with the lines between its markers replaced."""
     before, _, rest = text.partition(MARKERS[0])
     after = rest.partition(MARKERS[1])[2]
     return "\n".join([before + MARKERS[0], *lines, MARKERS[1] + after])

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer.core
 from evidence_page import describe_evidence, write_method_table, write_readme_table
+from judging_tables import write_judging_tables
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -21,7 +22,10 @@ def describe_commands() -> str:
     """Return the page of every command with its arguments and options."""
     group = typer.main.get_group(app)
     lines = ["# Commands", "", "Written by `make docs` from the code.", ""]
-    lines += ["Exit codes: 0 done; 1 done, but some cases failed; 2 misuse; 3 interrupted, state saved.", ""]
+    lines += [
+        "Exit codes: 0 done; 1 done, but cases failed or were rejected; 2 misuse; 3 interrupted, state saved.",
+        "",
+    ]
     for name, command in group.commands.items():
         lines += [f"## anysite {name}", "", (command.help or "").strip(), ""]
         lines += ["| argument or option | what it is | default |", "|---|---|---|"]
@@ -131,3 +135,5 @@ if __name__ == "__main__":
         method.write_text(
             write_method_table(method.stem, method.read_text(encoding="utf-8")), encoding="utf-8"
         )
+    judging = DOCS / "judging.md"
+    judging.write_text(write_judging_tables(judging.read_text(encoding="utf-8")), encoding="utf-8")

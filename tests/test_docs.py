@@ -44,6 +44,11 @@ def test_the_readme_table_holds_what_the_rows_say(generate: ModuleType) -> None:
     assert len(re.findall(r"\[\d+\.\d, \d+\.\d\], n = \d+", readme)) >= 5
 
 
+def test_the_tables_on_judging_hold_what_the_rows_say(generate: ModuleType) -> None:
+    text = (ROOT / "docs" / "judging.md").read_text(encoding="utf-8")
+    assert text == generate.write_judging_tables(text), "run make docs"
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "methods").glob("*.md")), ids=lambda p: p.stem)
 def test_tables_of_method_pages_hold_what_the_rows_say(generate: ModuleType, page: Path) -> None:
     text = page.read_text(encoding="utf-8")
