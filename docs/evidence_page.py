@@ -95,11 +95,16 @@ def comparison_tables(entries: dict[str, dict[str, str]]) -> list[str]:
     lines: list[str] = []
     for name, entry in entries.items():
         rows = [row for source in read_sources([RESULTS / name]) for row in source.rows if is_clean(row)]
-        methods = split_by_method(rows)
         commits = ", ".join(sorted({f"`{row['commit']}`" for row in read_rows(RESULTS / name)}))
-        lines += [f"**{entry['title']}**", "", *COMPARISON_HEADER]
-        lines += [_describe_method(summary) for summary in summarise_methods(methods, "baseline")]
-        lines += ["", f"```\n{entry['command']}\n```", "", f"Commit {commits}.", ""]
+        counts = sorted({row.labels for row in rows}, key=lambda count: (not count.isdigit(), count.zfill(9)))
+        for count in counts:
+            methods = split_by_method([row for row in rows if row.labels == count])
+            learned = f", {count} labelled patients" if len(counts) > 1 else ""
+            lines += [f"**{entry['title']}{learned}**", "", *COMPARISON_HEADER]
+            baseline = entry.get("baseline", "baseline")
+            lines += [_describe_method(summary) for summary in summarise_methods(methods, baseline)]
+            lines.append("")
+        lines += [f"```\n{entry['command']}\n```", "", f"Commit {commits}.", ""]
     return lines
 
 

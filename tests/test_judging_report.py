@@ -130,6 +130,11 @@ def test_a_benchmark_keeps_what_the_section_needs(tmp_path: Path) -> None:
         "dice", "verdict", "score_histogram", "score_nearest", "score_combined", "score_quality",
     }  # fmt: skip
     assert any(r["corruption"] == "gaussian_noise" and r["metric"] == "verdict" for r in rows)
+    told = {
+        r["case"]: r["value"] for r in rows if r["metric"] == "predicted_dice" and r["split"] == "in_domain"
+    }
+    assert told
+    assert all(0 <= value <= 1 for value in told.values())
     assert {r["other"] for r in rows if r["split"] == "other"} == {"elsewhere", "volumes"}
     refused = [r for r in rows if r.get("other") == "volumes"]
     assert {(r["metric"], r["value"]) for r in refused} == {("verdict", None)}
