@@ -11,7 +11,7 @@ from anysite.report.read import read_sources
 
 KINDS = {
     "in_domain": "training sites, other patients", "unseen": "unseen site", "corrupted": "corrupted",
-    "other": "another dataset", "all": "all",
+    "other": "another dataset", "unknown": "role unknown", "all": "all",
 }  # fmt: skip
 
 
@@ -22,11 +22,13 @@ def write_judging_tables(text: str) -> str:
         if "judging" not in entry or not (RESULTS / name).is_file():
             continue
         rows = [row for source in read_sources([RESULTS / name]) for row in source.rows]
-        judgement = describe_judgement("baseline", rows)
-        assert judgement is not None, f"{name} holds no verdicts"
         commits = ", ".join(sorted({f"`{row['commit']}`" for row in read_rows(RESULTS / name)}))
-        lines += [f"### {entry['title']}", "", *_describe(judgement)]
-        lines += [f"```\n{entry['command']}\n```", "", f"Commit {commits}; {judgement.runs} trainings.", ""]
+        lines += [f"### {entry['title']}", ""]
+        for dataset in dict.fromkeys(row.dataset for row in rows):
+            judgement = describe_judgement("baseline", [row for row in rows if row.dataset == dataset])
+            assert judgement is not None, f"{name} holds no verdicts"
+            lines += [f"{dataset}, {judgement.runs} trainings:", "", *_describe(judgement)]
+        lines += [f"```\n{entry['command']}\n```", "", f"Commit {commits}.", ""]
     return between_markers(text, lines)
 
 
@@ -37,7 +39,7 @@ def _describe(judgement: Judgement) -> list[str]:
         *DECISIONS,
         "refused",
         "failed",
-        "silent, of the accepted",
+        "silent",
         "Dice as predicted",
     )
     lines = _head(heads) + [_describe_passed(group) for group in judgement.passed]
@@ -58,7 +60,8 @@ def _head(cells: tuple[str, ...]) -> list[str]:
 
 def _describe_passed(group: Passed) -> str:
     interval = group.silent_interval
-    share = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}] %" if interval else ""
+    patients = f"{group.silent_patients[0]} of {group.silent_patients[1]} patients"
+    share = f" ({patients}, [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}] %)" if interval else ""
     counts = " | ".join(str(group.decisions[decision]) for decision in DECISIONS)
     within = f"{group.within} of {group.predicted}" if group.predicted else "-"
     cells = [KINDS[group.kind], str(group.images), counts, str(group.refused), str(group.failed)]

@@ -109,9 +109,17 @@ def test_the_dice_model_is_least_squares_where_nothing_is_at_its_bound(rng: np.r
     assert quality.fit_dice(signs, 0.5 + 0.1 * signs[:, 0])[1] < 1e-6  # a sign never promises more
     assert quality.predict_dice(coefficients, np.array([[100.0, 0.0]])).tolist() == [0]
     patients = [str(index // 2) for index in range(500)]
-    alone = quality.leave_patients_out(signs, dice, patients)
+    alone = quality.expect_left_out(signs, dice, patients)
     twin = quality.predict_dice(quality.fit_dice(signs[2:], dice[2:]), signs[:2])
     np.testing.assert_array_equal(alone[:2], twin)
+
+
+def test_the_combined_score_of_an_image_is_by_weights_without_its_patient(rng: np.random.Generator) -> None:
+    signs, shifted = np.abs(rng.normal(size=(40, 2))), np.arange(40) % 2 > 0
+    signs[shifted] += 1
+    patients = [str(index // 4) for index in range(40)]
+    alone = quality.score_left_out(signs, shifted, patients)
+    np.testing.assert_array_equal(alone[:4], signs[:4] @ quality.fit_shift(signs[4:], shifted[4:]))
 
 
 @pytest.mark.parametrize("count", [19, 50, 200])

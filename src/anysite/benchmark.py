@@ -87,7 +87,7 @@ def list_jobs(
         if domain not in dataset.domains:
             raise ConfigError(f"no site {domain!r}", expected=f"one of {', '.join(dataset.domains)}")
     named = tuple((open_dataset(path).name, str(path)) for path in others)
-    if same := [name for name, _ in named if [dataset.name, *dict(named)].count(name) > 1]:
+    if same := [name for name, _ in named if [dataset.name, *(known for known, _ in named)].count(name) > 1]:
         raise ConfigError(f"another dataset named {same[0]!r}", expected="a dataset of another name")
     domains = tuple(dict.fromkeys(case.domain for case in dataset.labelled))
     if test_domains and protocol != "leave-one-out":

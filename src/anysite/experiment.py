@@ -137,6 +137,7 @@ def score_job(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Ro
         raise DataError("a run that does not judge", where=job.dataset, fix="drop verdict from --metrics")
     began = time.monotonic()
     rows = _score_images(job, run, held_out + test, dataset, folder / "masks", threads)
+    learned_from = _patients_judged_from(run, dataset)
     predicting_s = time.monotonic() - began
     common = rows[0] | {"domain": "", "patient": "", "case": "", "class": ""}
     rows += _score_corrupted(job, run, held_out, dataset, common)
@@ -149,6 +150,9 @@ def score_job(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Ro
     ]
     if (peak := _peak_memory_mb()) is not None:
         costs.append(("peak_memory", round(peak), "MB"))
+    for row in rows:
+        if row["split"] == "in_domain" and (row["domain"], row["patient"]) in learned_from:
+            row["judge_learned"] = True
     kept = [row for row in rows if _is_wanted(row["metric"], job.metrics) or row["split"] == OTHER]
     return kept + [{**common, "split": "run", "metric": m, "value": v, "unit": u} for m, v, u in costs]
 
@@ -233,11 +237,20 @@ def _judge_others(job: Job, run: runs.Run, name: str, path: Path, common: Row) -
     for case in open_dataset(path).cases_by_turns[:OTHER_CASES]:
         try:
             verdict = segmenter.segment(case.image()).verdict
-        except AnysiteError:
+        except (AnysiteError, RuntimeError, MemoryError, ValueError, ArithmeticError):  # as in prediction
             verdict = None
         scores = describe_verdict(asdict(verdict)) if verdict else [Score(ALL_CLASSES, VERDICT, None, "1")]
         rows += rows_of(scores, case, OTHER, common | {"other": name})
     return rows
+
+
+def _patients_judged_from(run: runs.Run, dataset: Dataset) -> set[tuple[str, str]]:
+    """Return the held-out patients that set limits, on whom a judgement cannot be tested."""
+    if run.judge is None:
+        return set()
+    held_out = dataset.with_cases(case for case in dataset.labelled if case.id in run.splits["held_out"])
+    used = held_out.cases_by_turns[: run.config.judge.held_out_cases]
+    return {(case.domain, case.patient) for case in used}
 
 
 def _is_wanted(metric: str, wanted: Sequence[str]) -> bool:

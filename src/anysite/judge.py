@@ -89,13 +89,15 @@ class Judge:
         return told | {COMBINED: COMBINED_REASON, QUALITY: QUALITY_REASON}
 
     def describe(self, output: Output) -> dict[str, Vector]:
-        """Return the vector of every detector for an output, all that needs to be kept of it.
+        """Return the vector of every detector that can describe an output, all that needs to be kept of it.
 
         Where features or probabilities are not finite, so that nothing can be said, the vector is not either.
         """
         vectors: dict[str, Vector] = {}
         finite = bool(np.isfinite(output.probabilities).all())
         for name, detector in self.detectors.items():
+            if not detector.can_describe(output):
+                continue
             try:
                 vectors[name] = detector.describe(output) if finite else np.array([np.nan])
             except (ValueError, ArithmeticError):  # of matrices that are not finite
@@ -118,11 +120,13 @@ class Judge:
         joint = len({reference.patient for reference in clean}) >= LEAST and len(clean) < len(held_out)
         share = 1 - self.settings.false_alarms / max(1, len(self.detectors) + 2 * joint)
         for name, detector in list(self.detectors.items()):
-            learned = np.stack([reference.vectors[name] for reference in training])
-            detector.fit(learned)
-            distances = [detector.distance(reference.vectors[name]) for reference in clean]
-            if enough and (detector.of_shift or len(distances) < LEAST):
-                distances += detector.leave_one_out(learned, patients).tolist()
+            learned = [reference.vectors[name] for reference in training if name in reference.vectors]
+            if learned:
+                detector.fit(np.stack(learned))
+            vectors = [reference.vectors[name] for reference in clean if name in reference.vectors]
+            distances = [detector.distance(vector) for vector in vectors]
+            if enough and len(learned) == len(training) and (detector.of_shift or len(distances) < LEAST):
+                distances += detector.leave_one_out(np.stack(learned), patients).tolist()
             if len(distances) < LEAST:
                 del self.detectors[name]
                 continue
@@ -142,7 +146,7 @@ class Judge:
         described = self.describe(output)
         scores = self._score(described)
         expected = None
-        if self.weights and np.isfinite(list(scores.values())).all():
+        if self.weights and len(scores) == len(self.detectors) and np.isfinite(list(scores.values())).all():
             signs = quality.signs_of(np.array(list(scores.values())))
             scores[COMBINED] = self._relative(COMBINED, float(signs @ self.weights[COMBINED]))
             middle = float(quality.predict_dice(self.weights[QUALITY], signs[None])[0])
@@ -187,24 +191,31 @@ class Judge:
     def _score(self, described: Mapping[str, Vector]) -> dict[str, float]:
         scores = {}
         for name, detector in self.detectors.items():
+            if name not in described:
+                continue
             known = np.isfinite(described[name]).all()
             scores[name] = self._relative(name, detector.distance(described[name])) if known else np.nan
         return scores
 
     def _fit_joint_scores(self, held_out: Sequence[Reference], share: float) -> None:
+        held_out = [r for r in held_out if all(name in r.vectors for name in self.detectors)]
         signs = quality.signs_of(np.array([[*self._score(r.vectors).values()] for r in held_out]))
         shifted = np.array([reference.shifted for reference in held_out])
-        weights = quality.fit_shift(signs, shifted)
         scored = np.array([reference.dice is not None for reference in held_out])
         patients = [reference.patient for reference in held_out if reference.dice is not None]
         dice = np.array([reference.dice for reference in held_out if reference.dice is not None])
         if len({*patients}) < LEAST or not (scored & ~shifted).any():
             return
-        expected = quality.leave_patients_out(signs[scored], dice, patients)
+        expected = quality.expect_left_out(signs[scored], dice, patients)
         below, above = quality.conformal_margins(dice - expected, self.settings.coverage)
         self.margins = max(below, -1.0), min(above, 1.0)
-        self.weights = {COMBINED: weights, QUALITY: quality.fit_dice(signs[scored], dice)}
-        self.limits[COMBINED] = _find_limit((signs[~shifted] @ weights).tolist(), share)
+        self.weights = {
+            COMBINED: quality.fit_shift(signs, shifted),
+            QUALITY: quality.fit_dice(signs[scored], dice),
+        }
+        everyone = [reference.patient for reference in held_out]
+        strangeness = quality.score_left_out(signs, shifted, everyone)
+        self.limits[COMBINED] = _find_limit(strangeness[~shifted].tolist(), share)
         self.limits[QUALITY] = _find_limit((1 - expected[~shifted[scored]]).tolist(), share)
 
     def _relative(self, name: str, distance: float) -> float:

@@ -111,10 +111,10 @@ def area_under_generalised_risk_coverage(risks: Numbers, scores: Numbers) -> flo
 
 def rank_correlation(risks: Numbers, scores: Numbers) -> float | None:
     """Return Spearman's correlation of score and risk, none where one of them is constant."""
-    risks_, scores_ = _scores(risks), _scores(scores)
-    if np.ptp(risks_) == 0 or np.ptp(scores_) == 0:
+    one, other = stats.rankdata(_scores(risks)), stats.rankdata(_scores(scores))
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
         return None
-    return float(np.corrcoef(stats.rankdata(risks_), stats.rankdata(scores_))[0, 1])
+    return float(np.corrcoef(one, other)[0, 1])
 
 
 def exact_interval(count: int, of: int, level: float = 0.95) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,23 +66,37 @@ def predict_dice(coefficients: Float[np.ndarray, " _"], signs: Signs) -> Float[n
     return np.clip(coefficients[0] - signs @ coefficients[1:], 0, 1)
 
 
-def leave_patients_out(
+def expect_left_out(
     signs: Signs, dice: Float[np.ndarray, " n"], patients: Sequence[str]
 ) -> Float[np.ndarray, " n"]:
     """Return the Dice expected of every image by a model that saw none of its patient."""
-    names = np.asarray(patients)
     expected = np.empty(len(dice))
-    for patient in dict.fromkeys(patients):
-        own = names == patient
+    for own in _each(patients):
         expected[own] = predict_dice(fit_dice(signs[~own], dice[~own]), signs[own])
     return expected
+
+
+def score_left_out(
+    signs: Signs, shifted: Bool[np.ndarray, " n"], patients: Sequence[str]
+) -> Float[np.ndarray, " n"]:
+    """Return the combined score of every image by weights that saw none of its patient."""
+    scores = np.empty(len(shifted))
+    for own in _each(patients):
+        scores[own] = signs[own] @ fit_shift(signs[~own], shifted[~own])
+    return scores
+
+
+def _each(patients: Sequence[str]) -> Iterator[Bool[np.ndarray, " n"]]:
+    names = np.asarray(patients)
+    yield from (names == patient for patient in dict.fromkeys(patients))
 
 
 def conformal_margins(errors: Float[np.ndarray, " n"], coverage: float) -> tuple[float, float]:
     """Return how far below and above what is expected the truth lies, with the stated coverage.
 
-    Split conformal prediction with both tails alike: Vovk, Gammerman, Shafer, 2005; Lei et al., 2018,
-    https://arxiv.org/abs/1604.04173. Where too few errors are known for that coverage a margin is infinite.
+    Conformal prediction with both tails alike (Lei et al., 2018, https://arxiv.org/abs/1604.04173), from errors of
+    left-out patients as in cross-conformal prediction (Vovk, 2015, https://arxiv.org/abs/1208.0806). Where too few
+    errors are known for that coverage a margin is infinite.
 
     Args:
         errors: True minus expected values, of images the model did not see.

@@ -95,6 +95,10 @@ class Detector(ABC):
     def __init__(self) -> None:
         self.memory: dict[str, np.ndarray] = {}
 
+    def can_describe(self, output: Output) -> bool:
+        """Tell whether an output holds what this detector looks at."""
+        return True
+
     @abstractmethod
     def describe(self, output: Output) -> Vector:
         """Return the vector that stands for an output."""

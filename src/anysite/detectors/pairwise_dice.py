@@ -17,9 +17,14 @@ class PairwiseDice(Detector):
     reason = "mirrored, the image is segmented differently"
     of_shift = False
 
+    def can_describe(self, output: Output) -> bool:
+        """Tell whether there is more than one view."""
+        return output.agreement is not None
+
     def describe(self, output: Output) -> Vector:
-        """Return the disagreement, 0 where there is one view only."""
-        return np.array([0.0 if output.agreement is None else 1 - output.agreement.pairwise_dice])
+        """Return the disagreement."""
+        assert output.agreement is not None
+        return np.array([1 - output.agreement.pairwise_dice])
 
     def fit(self, vectors: Vectors) -> None:
         """Learn nothing: agreement needs no reference."""

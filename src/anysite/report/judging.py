@@ -80,7 +80,11 @@ class FailureRanking:
 
 @dataclass(frozen=True)
 class Passed:
-    """What became of one kind of image; `silent` are accepted failures, or accepted images of another dataset."""
+    """What became of one kind of image; `silent` are accepted failures, or accepted images of another dataset.
+
+    `silent_patients` counts those with a silent failure among those with an accepted mask; the interval is of that
+    share, since images of one patient, and seeds, are not independent.
+    """
 
     kind: str
     images: int
@@ -88,6 +92,7 @@ class Passed:
     decisions: dict[str, int]
     failed: int
     silent: int
+    silent_patients: tuple[int, int]
     silent_interval: tuple[float, float] | None
     predicted: int
     within: int
@@ -121,8 +126,8 @@ def describe_judgement(method: str, rows: Sequence[Row]) -> Judgement | None:
     means = [_average(kind, [s for s in shifts if s.kind == kind], scores) for kind in kinds]
     if len(kinds) > 1:
         means.append(_average("all", shifts, scores))
-    real = [one for one in judged if one.kind in ("in_domain", "unseen") and one.dice]
     harmed = [one for one in judged if one.dice]
+    real = [one for one in harmed if one.kind != "corrupted"]
     groups = [("clean images", real)] + ([("with corrupted ones", harmed)] if len(harmed) > len(real) else [])
     return Judgement(
         method=method,
@@ -141,12 +146,14 @@ def describe_judgement(method: str, rows: Sequence[Row]) -> Judgement | None:
 
 
 def _gather(rows: Sequence[Row]) -> list[Judged]:
-    """Join the rows of every image by every run; of images without a verdict nothing is kept."""
+    """Join the rows of every image by every run; of images without a verdict, and of those that limits were learned
+    from, nothing is kept.
+    """
     found: dict[tuple[object, ...], Judged] = {}
     for row in rows:
-        if not row.case or row.split == "training":
+        if not row.case or row.split == "training" or row.judge_learned:
             continue
-        run = (row.seed, row.train_domains, row.labels, row.overrides, row.adapt)
+        run = (row.dataset, row.seed, row.train_domains, row.labels, row.overrides, row.adapt)
         kind = row.split if is_clean(row) else "corrupted"
         shift = {OTHER: row.other, "corrupted": row.corruption}.get(kind, row.domain)
         person = person_of(f"{row.other}/{row.domain}", row.patient or row.case)
@@ -155,7 +162,9 @@ def _gather(rows: Sequence[Row]) -> list[Judged]:
         if row.metric == "dice" and row.value is not None:
             one.dice.append(row.value)
         elif row.metric == VERDICT:
-            one.decision = "refused" if row.value is None else DECISIONS[int(row.value)]
+            one.decision = dict(enumerate(DECISIONS)).get(
+                -1 if row.value is None else int(row.value), "refused"
+            )
         elif row.metric in PREDICTED and row.value is not None:
             one.expected[row.metric] = row.value
         elif row.metric.startswith(SCORE):
@@ -224,27 +233,29 @@ def _rank(judged: Sequence[Judged], scores: Sequence[str]) -> Iterable[FailureRa
 
 
 def _share_caught(judged: Sequence[Judged], score: str) -> float | None:
-    """Return the share of failed masks in the fifth of highest score, none where no more fail than that fifth holds.
+    """Return the share of failed masks in the fifth of highest score, of as many as that fifth can hold.
 
-    Where more fail, the share is of as many as the fifth can hold.
+    Cases of equal score are taken in random order, and the share is the expected one; none without a failure.
     """
-    failed = sum(_is_failed(one) for one in judged)
+    failed = [float(_is_failed(one)) for one in judged]
     seen = math.floor(REFERRED * len(judged))
-    if not failed or not seen:
+    if not sum(failed) or not seen:
         return None
-    referred = sorted(judged, key=lambda one: -one.scores[score])[:seen]
-    return sum(_is_failed(one) for one in referred) / min(failed, seen)
+    _, let_through = risk_by_coverage(failed, [one.scores[score] for one in judged])
+    missed = float(let_through[len(judged) - seen - 1]) * len(judged)
+    return (sum(failed) - missed) / min(sum(failed), seen)
 
 
 def _count(judged: Sequence[Judged]) -> Iterable[Passed]:
-    for kind in ("in_domain", "unseen", "corrupted", OTHER):
+    for kind in ("in_domain", "unseen", "unknown", "corrupted", OTHER):
         chosen = [one for one in judged if one.kind == kind]
         if not chosen:
             continue
         decisions = {name: sum(one.decision == name for one in chosen) for name in DECISIONS}
         bad = [one for one in chosen if kind == OTHER or _is_failed(one)]
         silent = sum(one.decision == "accept" for one in bad)
-        accepted = decisions["accept"]
+        trusted = {one.person for one in chosen if one.decision == "accept"}
+        betrayed = {one.person for one in bad if one.decision == "accept"}
         told = [(one.mean_dice, one.expected) for one in chosen if len(one.expected) == len(PREDICTED)]
         known = [(dice, bounds) for dice, bounds in told if dice is not None]
         yield Passed(
@@ -254,7 +265,8 @@ def _count(judged: Sequence[Judged]) -> Iterable[Passed]:
             decisions=decisions,
             failed=len(bad),
             silent=silent,
-            silent_interval=exact_interval(silent, accepted) if accepted else None,
+            silent_patients=(len(betrayed), len(trusted)),
+            silent_interval=exact_interval(len(betrayed), len(trusted)) if trusted else None,
             predicted=len(known),
             within=sum(
                 bounds[PREDICTED[0]] - 1e-6 <= dice <= bounds[PREDICTED[2]] + 1e-6 for dice, bounds in known
@@ -263,16 +275,22 @@ def _count(judged: Sequence[Judged]) -> Iterable[Passed]:
 
 
 def _draw(judged: Sequence[Judged], scores: Sequence[str]) -> Markup:
-    """Draw the mean Dice of the share that each score trusts most."""
-    ticks = [f"{percent} %" for percent in range(10, 101, 10)]
+    """Draw the mean Dice of the share that each score trusts most, within each run and averaged over runs."""
+    shares = range(10, 101, 10)
+    runs = [[one for one in judged if one.run == run] for run in dict.fromkeys(one.run for one in judged)]
     curves: dict[str, tuple[Estimate | None, ...]] = {}
     for score in scores:
-        chosen = [one for one in judged if score in one.scores]
-        if len(chosen) < len(ticks):
-            continue
-        selective, _ = risk_by_coverage([_risk(one) for one in chosen], _values(chosen, score))
-        places = [math.ceil(len(chosen) * percent / 100) - 1 for percent in range(10, 101, 10)]
-        curves[score] = tuple(Estimate(1 - float(selective[p]), None, None, 1, 1) for p in places)
+        found = []
+        for part in runs:
+            chosen = [one for one in part if score in one.scores]
+            if len(chosen) < len(shares):
+                continue
+            selective, _ = risk_by_coverage([_risk(one) for one in chosen], _values(chosen, score))
+            found.append([1 - selective[math.ceil(len(chosen) * share / 100) - 1] for share in shares])
+        if found:
+            means = [fmean(values) for values in zip(*found, strict=True)]
+            curves[score] = tuple(Estimate(mean, None, None, 1, 1) for mean in means)
+    ticks = [f"{share} %" for share in shares]
     return line_plot(ticks, curves, "Mean Dice of the share of masks that each score trusts most")
 
 

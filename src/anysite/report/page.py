@@ -84,7 +84,12 @@ def write_report(paths: Sequence[Path], output: Path, title: str = "") -> Path:
         split_names=texts.SPLIT_NAMES,
         colours=len(OKABE_ITO),
         failed_dice=FAILED,
-        kinds=KINDS | {"in_domain": texts.SPLIT_NAMES["in_domain"], "all": "all"},
+        kinds=KINDS
+        | {
+            "in_domain": texts.SPLIT_NAMES["in_domain"],
+            "unknown": texts.SPLIT_NAMES["unknown"],
+            "all": "all",
+        },
     )
     atomic.write_text(Path(output), page)
     return Path(output)

@@ -42,6 +42,7 @@ class Row(BaseModel):
     corruption_version: str = ""
     labels: str = ""
     other: str = ""
+    judge_learned: bool = False
     commit: str = ""
     config: str = ""
     overrides: str = ""
@@ -61,7 +62,8 @@ class Row(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _null_is_empty(cls, value: Any, info: Any) -> Any:
-        return "" if value is None and info.field_name not in ("value", "train_domains") else value
+        kept = ("value", "train_domains", "judge_learned")
+        return "" if value is None and info.field_name not in kept else value
 
     @property
     def key(self) -> tuple[object, ...]:
