@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,12 +154,19 @@ def test_probabilities_tell_how_sure_a_model_was(reverse: bool, tmp_path: Path) 
 
     assert len(scores(sure)) == len(judged.cases)
     assert max(scores(sure)) < 3 < min(scores(unsure))
-    (sure / f"{judged.cases[0].id}.npz").write_bytes(b"broken")
-    assert decisions(list(judge.judge_folders([sure], judged.cases)))[0] == "failed"
-    other = judged.cases[1]
+    first, other, third = judged.cases[:3]
+    (sure / f"{first.id}.npz").write_bytes(b"broken")
+    assert decisions(list(judge.judge_folders([sure], [first]))) == ["failed"]
+    np.savez_compressed(sure / f"{first.id}.npz", probabilities=np.float32(0.5))
+    assert "that do not give the mask" in next(iter(judge.judge_folders([sure], [first]))).error
+    (sure / f"{first.id}.npz").unlink()
+    assert "no probabilities" in next(iter(judge.judge_folders([sure], [first]))).error
+    empty = third.label()
+    files.write_label(empty.with_array(np.zeros_like(empty.array)), sure / f"{third.id}.nii.gz")
+    assert "that do not give the mask" in next(iter(judge.judge_folders([sure], [third]))).error
     with np.load(unsure / f"{other.id}.npz") as content:
         np.savez_compressed(sure / f"{other.id}.npz", probabilities=content["probabilities"][::-1])
-    assert "that do not give the mask" in list(judge.judge_folders([sure], [other]))[0].error
+    assert "that do not give the mask" in next(iter(judge.judge_folders([sure], [other]))).error
 
 
 def run(arguments: list[object], monkeypatch: pytest.MonkeyPatch) -> int:
@@ -191,11 +200,26 @@ def test_the_command_writes_verdicts_and_its_code_says_what_they_are(
     assert f"verdicts: {len(verdicts) - 2} accept" in capsys.readouterr().out
     assert sorted(path.name for path in masks.iterdir()) == sorted(f"{case.id}.png" for case in sets[1].cases)
 
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "verdicts.csv").write_text("mine")
+    (masks / f"{sets[1].cases[3].id}.png").unlink()
+    code = run(["judge", masks, noise, "--reference", reference, "--output", output, "--json"], monkeypatch)
+    printed = capsys.readouterr()
+    assert code == 1
+    assert set(json.loads(printed.out)["failed"]) == {sets[1].cases[3].id}
+    assert sets[1].cases[3].id in printed.err
     for wrong, message in (
         ([masks, noise], "2 paths without --reference"),
         ([masks, noise, "--reference", reference], "no --output"),
         ([masks, "--reference", reference, "--output", output], "one path with --reference"),
         ([masks], "predictions"),
+        ([masks, "--output", output], "without --reference"),
+        (
+            [masks, noise, "--reference", reference, "--output", output, "--false-alarms", "1"],
+            "--false-alarms",
+        ),
+        ([masks, noise, "--reference", reference, "--output", taken], "verdicts.csv would be replaced"),
         ([masks, noise, "--reference", tmp_path / "nowhere", "--output", output], "nowhere"),
     ):
         assert run(["judge", *wrong], monkeypatch) == 2
@@ -215,3 +239,31 @@ def test_a_volume_is_an_image_of_its_own(sets: tuple[Dataset, Dataset], tmp_path
     assert outcome.verdict is None
     assert "2 spatial axes" in outcome.error
     assert str(tmp_path) not in outcome.error
+
+
+def test_masks_of_anysite_hold_class_indices_and_others_label_values(
+    sets: tuple[Dataset, Dataset], tmp_path: Path
+) -> None:
+    """Of a dataset whose label values are not 0, 1, 2, ... masks of both kinds mean the same."""
+    reference, judged = (replace(d, label_values=(0, *(10 * v for v in d.label_values[1:]))) for d in sets)
+
+    def ten_times(dataset: Dataset, name: str) -> Dataset:
+        cases = []
+        for case in dataset.cases:
+            label, path = files.read_label(case.label_path or Path()), tmp_path / name / f"{case.id}.png"
+            path.parent.mkdir(exist_ok=True)
+            files.write_label(label.with_array(10 * label.array), path)
+            cases.append(replace(case, label_path=path))
+        return dataset.with_cases(cases)
+
+    reference, judged = ten_times(reference, "known"), ten_times(judged, "others")
+    judge = MaskJudge(reference, [], 1)
+    indices = write_masks(tmp_path / "indices", sets[1], keep)
+    assert "look like class indices" in next(iter(judge.judge_folders([indices], judged.cases[:1]))).error
+    atomic.write_json(indices / "predictions.json", {"cases": {}, "files": {}})
+    one, other = (
+        [outcome.verdict for outcome in judge.judge_folders([folder], judged.cases)]
+        for folder in (indices, tmp_path / "others")
+    )
+    assert one == other
+    assert None not in one

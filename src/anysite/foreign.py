@@ -17,12 +17,14 @@ from anysite.data.case import Case, Dataset
 from anysite.data.probabilities import read_probabilities
 from anysite.data.volume import Volume
 from anysite.detectors import Output
-from anysite.errors import AnysiteError, DataError, GeometryError, describe_error
+from anysite.errors import AnysiteError, ConfigError, DataError, GeometryError, describe_error
+from anysite.evaluate import as_class_indices
 from anysite.judge import LEAST, Judge, Reference
+from anysite.manifest import MANIFESTS
 from anysite.plan import Normalisation, Plan, learn_plan
 from anysite.segment import count_agreement
 
-AGREE = 0.99  # share of voxels in which probabilities and mask of one file name must agree
+AGREE = 0.99  # share of what either finds in which probabilities and mask of one case must agree
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,15 @@ class MaskJudge:
         false_alarms: Share of images like the reference that is sent to review.
 
     Raises:
+        ConfigError: a rate of false alarms outside 0 to 1.
         DataError: not as many folders as members, fewer than five patients, or masks that are missing.
     """
 
     def __init__(
         self, reference: Dataset, folders: Sequence[Path], members: int, false_alarms: float = 0.05
     ) -> None:
+        if not 0 < false_alarms < 1:
+            raise ConfigError(f"{false_alarms:g}", where="--false-alarms", expected="above 0 and below 1")
         if folders and len(folders) != members:
             raise DataError(
                 f"{len(folders)} folders of reference masks", expected=f"one for each of {members} to judge"
@@ -62,7 +67,7 @@ class MaskJudge:
         self.dataset, self.members = reference, members
         self.plan = learn_plan(reference, PlanSettings())
         cases = [case for case in reference.labelled if not folders or _is_complete(folders, case)]
-        if len({case.patient for case in cases}) < LEAST:
+        if len({(case.domain, case.patient) for case in cases}) < LEAST:
             raise DataError(
                 f"{len(cases)} reference cases with masks", where=reference.name,
                 expected=f"cases of {LEAST} patients or more", fix="give more of them",
@@ -119,14 +124,21 @@ class MaskJudge:
         path = _mask_of(folder, case.id)
         if path is None:
             raise DataError("no mask", where=folder, expected=f"one named {case.id}")
-        mask = self.dataset.class_indices(files.read_label(path), where=path)
+        mask = files.read_label(path)
+        if not any(folder.glob(MANIFESTS)):  # anysite's own masks hold class indices already
+            mask = as_class_indices(mask, path, self.dataset)
         if not mask.same_grid(image):
             raise GeometryError(
                 f"a mask of shape {mask.shape}", where=path, expected=f"the grid of the image, {image.shape}"
             )
-        saved = _probabilities_of(folder, case.id)
-        if saved is None or "entropy" not in self.judge.detectors:
+        if "entropy" not in self.judge.detectors:
             return self._as_maps(mask)
+        saved = _probabilities_of(folder, case.id)
+        if saved is None:
+            raise DataError(
+                "no probabilities", where=folder, expected=f"{case.id}.npz, as for the reference masks",
+                fix="save them for both, or for neither",
+            )  # fmt: skip
         return self._on_grid(image.with_array(_turn(read_probabilities(saved), self.plan, mask, saved)))
 
     def _as_maps(self, label: Volume) -> Float[np.ndarray, "k *s"]:
@@ -141,7 +153,7 @@ class MaskJudge:
 
 
 def _turn(
-    probabilities: Float[np.ndarray, "k *s"], plan: Plan, mask: Volume, where: Path
+    probabilities: Float[np.ndarray, "*k"], plan: Plan, mask: Volume, where: Path
 ) -> Float[np.ndarray, "k *t"]:
     """Return probabilities in the axes of their mask: those of nnU-Net have theirs in reverse order.
 
@@ -150,17 +162,23 @@ def _turn(
     """
     if probabilities.ndim == mask.dimension + 2 and probabilities.shape[1] == 1:  # of a picture
         probabilities = probabilities[:, 0]
-    if len(probabilities) == plan.outputs:
-        for turned in (probabilities, np.moveaxis(probabilities, 0, -1).T):
-            if turned.shape[1:] == mask.shape:
-                decided = plan.decide(mask.with_array(turned)).array
-                if (decided == mask.array).mean() >= AGREE:
-                    return np.ascontiguousarray(turned)
+    if probabilities.ndim == mask.dimension + 1 and len(probabilities) == plan.outputs:
+        orders = (probabilities, np.moveaxis(probabilities, 0, -1).T)
+        fitting = [turned for turned in orders if turned.shape[1:] == mask.shape]
+        alike = [_agreement(plan.decide(mask.with_array(turned)), mask) for turned in fitting]
+        if alike and max(alike) >= AGREE:
+            return np.ascontiguousarray(fitting[int(np.argmax(alike))])
     raise GeometryError(
         f"probabilities of shape {probabilities.shape} that do not give the mask", where=where,
         expected=f"{plan.outputs} maps of {mask.shape}, or of that shape reversed",
         fix="save both in one run, without postprocessing the masks",
     )  # fmt: skip
+
+
+def _agreement(one: Volume, other: Volume) -> float:
+    """Return in how much of what either finds two label maps agree; all of it where both find nothing."""
+    found = (one.array > 0) | (other.array > 0)
+    return float((one.array == other.array)[found].mean()) if found.any() else 1.0
 
 
 def _is_complete(folders: Sequence[Path], case: Case) -> bool:

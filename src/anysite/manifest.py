@@ -11,6 +11,7 @@ from anysite import atomic
 from anysite.data import files
 from anysite.data.case import Case, Dataset
 from anysite.errors import ConfigError, DataError, FileFormatError
+from anysite.judgement import DECISIONS
 
 MANIFEST, MANIFESTS = "predictions.json", "predictions*.json"
 
@@ -188,6 +189,16 @@ def _files_of(manifest: dict[str, Any]) -> dict[str, str | None]:
     return masks | manifest.get("files", {})
 
 
+def _is_verdict(verdict: Any) -> bool:
+    return verdict is None or (
+        isinstance(verdict, dict)
+        and verdict.get("decision") in DECISIONS
+        and isinstance(verdict.get("reasons"), list)
+        and isinstance(verdict.get("scores"), dict)
+        and all(value is None or isinstance(value, int | float) for value in verdict["scores"].values())
+    )
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     content = atomic.read_json(path)
     cases = content.get("cases") if isinstance(content, dict) else None
@@ -198,6 +209,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             isinstance(entry, dict)
             and entry.get("status") in ("done", "failed")
             and ("mask" if entry["status"] == "done" else "error") in entry
+            and _is_verdict(entry.get("verdict"))
             for entry in cases.values()
         )
     ):

@@ -69,6 +69,25 @@ def read_verdicts(folder: Path) -> Verdicts:
         raise FileFormatError(f"not readable ({error})", where=path, expected="verdicts by case") from error
 
 
+def require_own(folder: Path) -> None:
+    """Refuse a folder where verdicts would replace files that anysite did not write.
+
+    Raises:
+        ConfigError: there is such a file.
+    """
+    present = [name for name in VERDICT_FILES if (folder / name).exists()]
+    try:
+        own = all(verdict["verdict"] in DECISIONS for verdict in read_verdicts(folder).values())
+        own = own and (folder / VERDICTS).is_file()
+    except (FileFormatError, KeyError, TypeError, ValueError):
+        own = False
+    if present and not own:
+        raise ConfigError(
+            f"{present[0]} would be replaced, but anysite did not write it", where=folder,
+            fix="choose another output folder, or move that file away",
+        )  # fmt: skip
+
+
 def refer(cases: Verdicts, share: float) -> Verdicts:
     """Return verdicts of which a stated share, rounded down, is to be reviewed: those that most speaks against.
 

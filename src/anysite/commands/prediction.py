@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from anysite.commands import AsJson, Plugins, trust
-from anysite.errors import BatchError, ConfigError, RejectedMasks
+from anysite.errors import BatchError, ConfigError, DataError, RejectedMasks
 
 if TYPE_CHECKING:
     from anysite.predict import CaseOutcome
@@ -131,32 +131,38 @@ def judge(
 ) -> None:
     """Say which masks of other programs to trust, or refer another share of one's own."""
     from anysite import console
-    from anysite.verdicts import VERDICTS, write_verdicts
+    from anysite.verdicts import VERDICTS, require_own, write_verdicts
 
     failed: dict[str, str] = {}
     if reference is None:
-        folder, judged = _judged_before(masks_and_images)
+        if output or reference_masks:
+            raise ConfigError(
+                "--output or --reference-masks without --reference", fix="give --reference DATASET"
+            )
+        folder, judged, cases = _judged_before(masks_and_images)
     else:
-        folder, (judged, failed) = (
-            _require_output(output),
-            _judge_masks(masks_and_images, reference, reference_masks or [], false_alarms),
-        )
+        if output is None:
+            raise ConfigError("no --output", expected="a folder for the verdicts")
+        require_own(output)
+        judged, failed = _judge_masks(masks_and_images, reference, reference_masks or [], false_alarms, json)
+        folder, cases = output, len(judged)
         folder.mkdir(parents=True, exist_ok=True)
     verdicts = write_verdicts(folder, judged, referral)
     if json:
         console.as_json({"cases": verdicts, "failed": failed})
     else:
-        console.show_verdicts({case: v["verdict"] for case, v in verdicts.items()}, len(verdicts), folder)
+        console.show_verdicts({case: v["verdict"] for case, v in verdicts.items()}, cases, folder)
+    for case, error in failed.items():
+        console.complain(DataError(f"not judged: {error}", where=case))
     if failed:
-        name, error = next(iter(failed.items()))
-        raise BatchError(f"{len(failed)} cases could not be judged, such as {name}: {error}")
+        raise BatchError(f"{len(failed)} of {len(failed) + len(judged)} cases could not be judged")
     if rejected := sum(verdict["verdict"] == "reject" for verdict in verdicts.values()):
         raise RejectedMasks(
             f"{rejected} of {len(verdicts)} masks were rejected", fix=f"see {folder / VERDICTS}"
         )
 
 
-def _judged_before(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
+def _judged_before(paths: list[Path]) -> tuple[Path, dict[str, Any], int]:
     from anysite.manifest import read_manifests
 
     if len(paths) != 1:
@@ -165,11 +171,12 @@ def _judged_before(paths: list[Path]) -> tuple[Path, dict[str, Any]]:
             expected="one folder of anysite predict, or masks and images with --reference DATASET",
         )
     cases = read_manifests(paths[0])["cases"]
-    return paths[0], {name: entry["verdict"] for name, entry in cases.items() if entry.get("verdict")}
+    judged = {name: entry["verdict"] for name, entry in cases.items() if entry.get("verdict")}
+    return paths[0], judged, len(cases)
 
 
 def _judge_masks(
-    paths: list[Path], reference: Path, reference_masks: list[Path], false_alarms: float
+    paths: list[Path], reference: Path, reference_masks: list[Path], false_alarms: float, quiet: bool
 ) -> tuple[dict[str, Any], dict[str, str]]:
     from anysite import console
     from anysite.data.layouts import open_dataset, open_images
@@ -179,9 +186,9 @@ def _judge_masks(
     if not folders:
         raise ConfigError("one path with --reference", expected="folders of masks, then their images")
     cases = open_images(images)
-    console.say("learning what is usual from the reference")
     mask_judge = MaskJudge(open_dataset(reference), reference_masks, len(folders), false_alarms)
-    console.say(f"judging by {', '.join(mask_judge.judge.detectors)}")
+    if not quiet:
+        console.say(f"judging by {', '.join(mask_judge.judge.detectors)}")
     judged: dict[str, Any] = {}
     failed: dict[str, str] = {}
     with console.case_bar(len(cases), "judging") as advance:
@@ -192,9 +199,3 @@ def _judge_masks(
                 judged[outcome.case.id] = outcome.verdict
             advance()
     return judged, failed
-
-
-def _require_output(output: Path | None) -> Path:
-    if output is None:
-        raise ConfigError("no --output", expected="a folder for the verdicts")
-    return output
