@@ -158,6 +158,8 @@ def test_probabilities_tell_how_sure_a_model_was(reverse: bool, tmp_path: Path) 
     (sure / f"{first.id}.npz").write_bytes(b"broken")
     assert decisions(list(judge.judge_folders([sure], [first]))) == ["failed"]
     np.savez_compressed(sure / f"{first.id}.npz", probabilities=np.float32(0.5))
+    assert "an array of shape ()" in next(iter(judge.judge_folders([sure], [first]))).error
+    np.savez_compressed(sure / f"{first.id}.npz", probabilities=np.full((2, 3), 0.5))
     assert "that do not give the mask" in next(iter(judge.judge_folders([sure], [first]))).error
     (sure / f"{first.id}.npz").unlink()
     assert "no probabilities" in next(iter(judge.judge_folders([sure], [first]))).error

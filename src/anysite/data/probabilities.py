@@ -40,6 +40,12 @@ def read_probabilities(path: Path) -> Float[np.ndarray, "k *s"]:
             probabilities = content["probabilities"].astype(np.float32)
     except (*DAMAGED, KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"not readable as probabilities ({error})", where=path) from error
+    if probabilities.ndim < 2:
+        raise FileFormatError(
+            f"an array of shape {probabilities.shape}",
+            where=path,
+            expected="one map of probabilities a class",
+        )
     if not ((probabilities >= 0) & (probabilities <= 1)).all():
         raise FileFormatError("values that are no probabilities", where=path, expected="numbers from 0 to 1")
     return probabilities
