@@ -8,6 +8,7 @@ from typing import Any
 
 from anysite.evaluate import Row, read_rows
 from anysite.report.methods import MethodSummary, split_by_method, summarise_methods
+from anysite.report.read import Row as ReportRow
 from anysite.report.read import read_sources
 from anysite.report.summary import is_clean
 from anysite.statistics import Estimate, estimate_mean
@@ -104,7 +105,20 @@ def comparison_tables(entries: dict[str, dict[str, str]]) -> list[str]:
             baseline = entry.get("baseline", "baseline")
             lines += [_describe_method(summary) for summary in summarise_methods(methods, baseline)]
             lines.append("")
+            if (other := entry.get("also_against")) in methods:
+                lines += [*_compare_again(methods, other), ""]
         lines += [f"```\n{entry['command']}\n```", "", f"Commit {commits}.", ""]
+    return lines
+
+
+def _compare_again(methods: dict[str, list[ReportRow]], baseline: str) -> list[str]:
+    """Return the paired differences of every method to another baseline."""
+    lines = [f"| against {baseline}, paired | unseen | in domain |", "|---|---|---|"]
+    for summary in summarise_methods(methods, baseline)[1:]:
+        pair = (
+            "-" if c is None else _text(c.difference, signed=True) for c in (summary.comparison, summary.cost)
+        )
+        lines.append(f"| {summary.name} | {' | '.join(pair)} |")
     return lines
 
 
