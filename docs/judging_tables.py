@@ -6,6 +6,7 @@ from evidence_page import RESULTS, between_markers, read_index
 
 from anysite.evaluate import read_rows
 from anysite.judgement import DECISIONS
+from anysite.report.format import count
 from anysite.report.judging import FailureRanking, Judgement, Passed, Shift, describe_judgement
 from anysite.report.read import read_sources
 
@@ -27,7 +28,7 @@ def write_judging_tables(text: str) -> str:
         for dataset in dict.fromkeys(row.dataset for row in rows):
             judgement = describe_judgement("baseline", [row for row in rows if row.dataset == dataset])
             assert judgement is not None, f"{name} holds no verdicts"
-            lines += [f"{dataset}, {judgement.runs} trainings:", "", *_describe(judgement)]
+            lines += [f"{dataset}, {count(judgement.runs, 'training')}:", "", *_describe(judgement)]
         lines += [f"```\n{entry['command']}\n```", "", f"Commit {commits}.", ""]
     return between_markers(text, lines)
 

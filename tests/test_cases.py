@@ -41,6 +41,20 @@ def test_every_site_with_two_patients_gives_some_and_keeps_some(sizes, fraction)
         assert (len(kept), len(given_away)) == (patients - expected, expected)
 
 
+@given(cases)
+def test_turns_hold_every_case_once_and_every_site_from_the_start(pairs):
+    dataset = dataset_of(pairs)
+    turns = dataset.cases_by_turns
+    assert sorted(case.id for case in turns) == sorted(case.id for case in dataset.cases)
+    assert {case.domain for case in turns[: len(dataset.domains)]} == {*dataset.domains}
+
+
+def test_patients_begin_their_turns_with_different_images():
+    dataset = dataset_of([(patient, "X") for patient in "pqrs" for _ in range(2)])
+    first = [int(case.id.removeprefix("c")) % 2 for case in dataset.cases_by_turns[:4]]
+    assert sorted(first) == [0, 0, 1, 1]
+
+
 def test_another_seed_holds_out_other_patients():
     dataset = dataset_of([(f"p{i}", "X") for i in range(30)])
     chosen = [{c.id for c in dataset.hold_out_patients(0.3, seed)[1].cases} for seed in range(3)]

@@ -105,7 +105,10 @@ class Dataset:
 
     @property
     def cases_by_turns(self) -> tuple[Case, ...]:
-        """The cases, sites and within them patients taking turns, so that any beginning of them holds all alike."""
+        """The cases, sites and within them patients taking turns, so that any beginning of them holds all alike.
+
+        Patients begin with different ones of their cases: the first may always be of one kind, a phase of the heart.
+        """
 
         def take_turns(groups: Iterable[Sequence[Case]]) -> list[Case]:
             return [case for turn in itertools.zip_longest(*groups) for case in turn if case is not None]
@@ -114,7 +117,9 @@ class Dataset:
         for domain in self.domains:
             cases = [case for case in self.cases if case.domain == domain]
             patients = dict.fromkeys(case.patient for case in cases)
-            by_site.append(take_turns([case for case in cases if case.patient == p] for p in patients))
+            own = [[case for case in cases if case.patient == patient] for patient in patients]
+            shifted = [(group * 2)[n % len(group) :][: len(group)] for n, group in enumerate(own)]
+            by_site.append(take_turns(shifted))
         return tuple(take_turns(by_site))
 
     @property
