@@ -32,6 +32,7 @@ DOMAINS = ("north", "east")
 # Networks of both kinds, small; UNETR and Swin UNETR have tokens.
 SMALL = {
     "unet": 'network={name="unet", width=4, residual=true}',
+    "deep": 'network={name="unet", width=4, deep_supervision=true}',
     "dynunet": 'network={name="dynunet", width=4}',
     "segresnet": 'network={name="segresnet", width=8}',
     "mednext": 'network={name="mednext", width=4}',
@@ -187,7 +188,7 @@ def test_nothing_of_a_blanked_voxel_reaches_the_masked_pass(
     encode = built.network.encode
     monkeypatch.setattr(built.network, "encode", lambda given: seen.append(given) or encode(given))
     with torch.no_grad():
-        masked, logits = objective._segment_masked(step(built, image))
+        masked, (logits, *_) = objective._segment_masked(step(built, image))
     (given,) = seen
     assert 0.25 < masked.float().mean() < 0.6
     assert (given[masked[:, None].expand_as(given)] == 0).all()
@@ -354,6 +355,30 @@ def test_the_released_consistency_is_divided_by_the_norm_of_the_targets() -> Non
     z2, zt = built.network(image.masked_fill(masked[:, None], 0.0)), built.network(image)
     expected = 0.5 * ((z2 - zt) ** 2).mean() / zt.square().sum().sqrt()
     torch.testing.assert_close(losses["medcontext_consistency"], expected)
+
+
+def test_with_deep_supervision_every_scale_is_supervised_and_follows_the_teacher() -> None:
+    built = learner("ramp=0, supervised_weight=0", "deep")
+    built.train()
+    torch.manual_seed(3)
+    losses = built(*batch(), 0.5)
+    heads = [p for name, p in built.network.named_parameters() if name.startswith("deep_heads")]
+    assert heads
+    gradients = torch.autograd.grad(losses["medcontext_consistency"], heads, retain_graph=True)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+    torch.manual_seed(3)
+    masked = draw_blocks(2, (32, 32), 8, 0.4)
+    image = batch()[0]
+    hidden = image.masked_fill(masked[:, None], 0.0)
+    pairs = zip(*(built.network.decode_scales(built.network.encode(x)) for x in (hidden, image)), strict=True)
+    total = 0.0
+    for scale, (one, other) in enumerate(pairs):
+        side = 2**scale
+        share = masked.float().unfold(1, side, side).unfold(2, side, side).mean((3, 4))
+        difference = (one.softmax(1) - other.softmax(1)).square().sum(1)
+        total += 0.5**scale * ((difference * share).sum() / share.sum()).item()
+    weights = sum(0.5**scale for scale in range(len(heads) // 2 + 1))
+    assert losses["medcontext_consistency"].item() == pytest.approx(0.5 * total / weights, rel=1e-4)
 
 
 def test_it_composes_with_the_other_objectives() -> None:

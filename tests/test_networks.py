@@ -59,10 +59,31 @@ def test_contract(name, dimension):
         {"norm": "batch", "dropout": 0.2, "residual": True, "blocks_per_level": 3},
         {"norm": "group", "max_width": 6, "depth": 2},
         {"depth": 1},
+        {"deep_supervision": True},
+        {"deep_supervision": True, "depth": 1},
     ],
 )
 def test_contract_of_unet_settings(settings):
     check_network(lambda c, k, p: UNet(c, k, p, width=4, **settings), 2, patch_size=(16, 32))
+
+
+@pytest.mark.parametrize("name", ["unet", "dynunet"])
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_deep_supervision_adds_coarser_scales_and_nothing_to_prediction(name, dimension):
+    network = build(name, dimension, deep_supervision=True).eval()
+    image = torch.randn(1, 1, *SMALL[name][dimension])
+    features = network.encode(image)
+    scales = network.decode_scales(features)
+    # One for every level between the finest and the bottleneck.
+    assert [s.shape[2:] for s in scales] == [f.shape[2:] for f in features[:-1]]
+    heads = [p for n, p in network.named_parameters() if n.startswith("deep_heads")]
+    gradients = torch.autograd.grad(
+        network.decode(features).sum(), heads, allow_unused=True, retain_graph=True
+    )
+    assert all(gradient is None for gradient in gradients)
+    gradients = torch.autograd.grad(torch.stack([s.sum() for s in scales]).sum(), heads)
+    assert len(gradients) >= 2
+    assert all(g.abs().sum() > 0 for g in gradients)
 
 
 @pytest.mark.parametrize("name", ["unet", "dynunet", "segresnet", "mednext", "swin_unetr", "ram_dsir_unet"])

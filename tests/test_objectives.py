@@ -96,6 +96,21 @@ def test_dice_and_cross_entropy_against_a_slow_twin(
     )
 
 
+def test_coarser_scales_count_half_as_much_each_against_the_nearest_label() -> None:
+    objective = supervised()
+    fine, label = drawn(4, (8, 12))
+    middle, coarse = drawn(4, (4, 6), seed=1)[0], drawn(4, (2, 3), seed=2)[0]
+    # Of 2 x 2 (4 x 4) voxels the one behind the centre is the nearest.
+    losses = [
+        objective.compare(fine, label),
+        objective.compare(middle, label[:, 1::2, 1::2]),
+        objective.compare(coarse, label[:, 2::4, 2::4]),
+    ]
+    expected = (losses[0] + losses[1] / 2 + losses[2] / 4) / 1.75
+    torch.testing.assert_close(objective.compare_scales([fine, middle, coarse], label), expected)
+    torch.testing.assert_close(objective.compare_scales([fine], label), losses[0])
+
+
 @pytest.mark.parametrize("regions", [(), REGIONS], ids=["classes", "regions"])
 def test_a_perfect_answer_costs_nothing_and_its_opposite_much(regions: tuple[tuple[int, ...], ...]) -> None:
     _, label = drawn(4, (8, 8))

@@ -71,8 +71,8 @@ def _check_gradients(network: Network, image: Tensor) -> None:
     with torch.no_grad():
         for parameter in network.parameters():  # so that layers initialised with zeros pass gradients on
             parameter.add_(0.01 * torch.randn_like(parameter))
-    logits = network(image)
-    (logits * torch.randn_like(logits)).sum().backward()
+    for logits in network.decode_scales(network.encode(image)):
+        (logits * torch.randn_like(logits)).sum().backward(retain_graph=True)
     without = [
         name
         for name, parameter in network.named_parameters()
@@ -106,6 +106,14 @@ def _check_decode_needs_features_alone(network: Network, image: Tensor, logits: 
     )
     same = all(torch.equal(feature, copy) for feature, copy in zip(features, copies, strict=True))
     _require(same, "decode changed the features it was given")
+    finest, *coarser = network.decode_scales(features)
+    _require(torch.equal(finest, logits), "the first of decode_scales differs from decode")
+    sizes = [tuple(scale.shape[2:]) for scale in coarser]
+    known = {tuple(feature.shape[2:]) for feature in features}
+    _require(
+        all(scale.shape[1] == logits.shape[1] for scale in coarser) and set(sizes) <= known,
+        f"decode_scales gives {sizes}, which are no scales of the features {sorted(known)}, or other classes",
+    )
 
 
 def _check_saving(network: Network, other: Network, image: Tensor, logits: Tensor) -> None:

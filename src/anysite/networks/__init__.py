@@ -74,6 +74,10 @@ class Network(nn.Module, ABC):
     def decode(self, features: list[Tensor]) -> Float[Tensor, "b k *s"]:
         """Return the logits for the features of one `encode`."""
 
+    def decode_scales(self, features: list[Tensor]) -> list[Tensor]:
+        """Return the logits and, with deep supervision, those of coarser scales; training alone asks for them."""
+        return [self.decode(features)]
+
     def forward(self, image: Float[Tensor, "b c *s"]) -> Float[Tensor, "b k *s"]:
         """Return the logits `(b, classes, *s)` of an image `(b, channels, *s)`."""
         return self.decode(self.encode(image))

@@ -34,6 +34,8 @@ class UNet(Network):
         norm: Normalisation: instance, batch or group.
         dropout: Probability of dropping a channel after each convolution.
         depth: Number of levels, at most 6; none: as many as the patch size allows.
+        deep_supervision: Segment at every scale of the decoder while training (Lee et al., 2015,
+            https://arxiv.org/abs/1409.5185).
 
     Raises:
         ConfigError: a setting out of range, or a patch size too small for `depth`.
@@ -54,6 +56,7 @@ class UNet(Network):
         norm: str = "instance",
         dropout: float = 0.0,
         depth: int | None = None,
+        deep_supervision: bool = False,
     ) -> None:
         super().__init__(channels, classes, patch_size)
         require_counts(width=width, max_width=max_width, blocks_per_level=blocks_per_level)
@@ -81,6 +84,8 @@ class UNet(Network):
             level(2 * self.widths[i], self.widths[i], levels[i][1], same) for i in upwards
         )
         self.head = _layer("Conv", self.dimension)(self.widths[0], classes, 1)
+        deep_widths = self.widths[1:-1] if deep_supervision else ()
+        self.deep_heads = nn.ModuleList(_layer("Conv", self.dimension)(w, classes, 1) for w in deep_widths)
         self.apply(_initialise)
 
     def encode(self, image: Float[Tensor, "b c *s"]) -> list[Tensor]:
@@ -93,10 +98,21 @@ class UNet(Network):
 
     def decode(self, features: list[Tensor]) -> Float[Tensor, "b k *s"]:
         """Return the logits at full resolution."""
+        return self.head(self._decode_levels(features)[0])
+
+    def decode_scales(self, features: list[Tensor]) -> list[Tensor]:
+        """Return the logits at full resolution and, with deep supervision, of every coarser level."""
+        finest, *coarser = self._decode_levels(features)
+        deep = zip(self.deep_heads, coarser, strict=bool(self.deep_heads))
+        return [self.head(finest), *(head(image) for head, image in deep)]
+
+    def _decode_levels(self, features: list[Tensor]) -> list[Tensor]:
         *skips, image = features
+        levels = [] if skips else [image]
         for up, level, skip in zip(self.ups, self.decoder, reversed(skips), strict=True):
             image = level(torch.cat([up(image), skip], dim=1))
-        return self.head(image)
+            levels.append(image)
+        return levels[::-1]
 
 
 class Level(nn.Module):

@@ -37,7 +37,12 @@ class Step:
     @cached_property
     def logits(self) -> Float[Tensor, "b k *s"]:
         """The network's logits for `image`."""
-        return self.network.decode(self.features)
+        return self.scales[0]
+
+    @cached_property
+    def scales(self) -> list[Float[Tensor, "b k *t"]]:
+        """The logits and, of a network with deep supervision, those of its coarser scales, finest first."""
+        return self.network.decode_scales(self.features)
 
 
 class Objective(nn.Module):

@@ -20,7 +20,7 @@ from anysite.masking import draw_blocks
 from anysite.networks import Network, require_counts, require_fractions
 from anysite.networks.restoration import scale_to_unit
 from anysite.objectives import Objective, Step
-from anysite.objectives.supervised import Supervised
+from anysite.objectives.supervised import Supervised, weigh_scales
 from anysite.plan import Plan
 
 # The released code's schedule: linear over 5,000 steps, but read by the step within an epoch of 250.
@@ -112,12 +112,15 @@ class MedContext(Objective):
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Return the weighted terms `masked` and, with a teacher, `consistency`."""
         self.progress = step.progress
-        masked, logits = self._segment_masked(step)
-        terms = {"masked": self.supervised_weight * self.supervised.compare(logits, step.label)}
+        masked, scales = self._segment_masked(step)
+        terms = {"masked": self.supervised_weight * self.supervised.compare_scales(scales, step.label)}
         if self.consistency_weight:
-            target = self.teacher.segment(step.image, step.network)
+            targets = self.teacher.segment(step.image, step.network)
+            if self.compat == "official":
+                scales, targets = scales[:1], targets[:1]
             rise = min(1.0, step.progress / self.ramp) if self.ramp else 1.0
-            difference = self._compare(logits.float(), target.float(), masked)
+            pairs = zip(scales, targets, strict=True)
+            difference = weigh_scales([self._compare(s.float(), t.float(), masked) for s, t in pairs])
             terms["consistency"] = rise * self.consistency_weight * difference
         return terms
 
@@ -136,10 +139,10 @@ class MedContext(Objective):
         image, masked = scale_to_unit(step.image), self._draw_mask(step)
         return {"image": image, "masked": image.masked_fill(masked[:, None], 0.0)}
 
-    def _segment_masked(self, step: Step) -> tuple[Bool[Tensor, "b *s"], Float[Tensor, "b k *s"]]:
+    def _segment_masked(self, step: Step) -> tuple[Bool[Tensor, "b *s"], list[Tensor]]:
         masked = self._draw_mask(step)
         if not self.by_tokens:
-            return masked, step.network(step.image.masked_fill(masked[:, None], 0.0))
+            return masked, _segment_scales(step.network, step.image.masked_fill(masked[:, None], 0.0))
         embedding = step.network.embedding
         assert embedding is not None
         every = (slice(None), *(slice(None, None, token) for token in step.network.token_voxels))
@@ -148,7 +151,7 @@ class MedContext(Objective):
             return replace_tokens(tokens, masked[every], self.mask_token)
 
         with embedding.register_forward_hook(replace):
-            return masked, step.network(step.image)
+            return masked, _segment_scales(step.network, step.image)
 
     def _draw_mask(self, step: Step) -> Bool[Tensor, "b *s"]:
         shape = self.grid if self.by_tokens else step.image.shape[2:]
@@ -166,7 +169,9 @@ class MedContext(Objective):
         each = diverge(logits, target / self.temperature, self.divergence, self.overlapping)
         if self.region == "all":
             return each.mean()
-        return (each * masked).sum() / masked.sum().clamp(min=1)
+        # Of a coarser scale, how much of each voxel was hidden.
+        hidden = F.interpolate(masked[:, None].float(), tuple(each.shape[1:]), mode="area")[:, 0]
+        return (each * hidden).sum() / hidden.sum().clamp(min=1)
 
 
 class Teacher(nn.Module):
@@ -188,12 +193,12 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def segment(self, image: Float[Tensor, "b c *s"], network: Network) -> Float[Tensor, "b k *s"]:
-        """Return the teacher's logits."""
+    def segment(self, image: Float[Tensor, "b c *s"], network: Network) -> list[Tensor]:
+        """Return the teacher's logits, at every scale that the network has."""
         if not self.begun:
             self.network.load_state_dict(network.state_dict())
             self.begun.fill_(True)
-        return self.network(image)
+        return _segment_scales(self.network, image)
 
     @torch.no_grad()
     def follow(self, network: Network, momentum: float) -> None:
@@ -203,6 +208,10 @@ class Teacher(nn.Module):
         for mine, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
             mine.copy_(theirs)
         self.updates += 1
+
+
+def _segment_scales(network: Network, image: Float[Tensor, "b c *s"]) -> list[Tensor]:
+    return network.decode_scales(network.encode(image))
 
 
 def momentum_at(progress: float, updates: int, start: float, end: float) -> float:

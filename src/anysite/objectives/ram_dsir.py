@@ -94,12 +94,12 @@ class RamDsir(Objective):
         terms: dict[str, Tensor] = {}
         features = step.network.encode(self.mix(step)) if self.mixing else step.features
         if self.supervised_weight or self.consistency_weight:
-            logits = step.network.decode(features)
+            scales = step.network.decode_scales(features)
             if self.supervised_weight:
-                terms["mixed"] = self.supervised_weight * self.supervised.compare(logits, step.label)
+                terms["mixed"] = self.supervised_weight * self.supervised.compare_scales(scales, step.label)
             if self.consistency_weight:
                 divergence = symmetric_divergence(
-                    step.logits.float(), logits.float(), self.overlapping, self.compat == "official"
+                    step.logits.float(), scales[0].float(), self.overlapping, self.compat == "official"
                 )
                 terms["consistency"] = self.consistency_weight * divergence
         if self.restoration_weight:
