@@ -39,7 +39,7 @@ def plan(patch_size: tuple[int, ...] = (16, 16), regions: tuple[tuple[int, ...],
     )
 
 
-def supervised(regions: tuple[tuple[int, ...], ...] = (), **settings: float) -> Supervised:
+def supervised(regions: tuple[tuple[int, ...], ...] = (), **settings: Any) -> Supervised:
     objective = Supervised(**settings)
     objective.attach(
         build_network(load("baseline", ["network.width=2"]), plan()), plan(regions=regions), DOMAINS
@@ -96,6 +96,11 @@ def test_dice_and_cross_entropy_against_a_slow_twin(
     )
 
 
+def step_of(label: Tensor, known: Tensor | None = None) -> Step:
+    network = build_network(load("baseline", ["network.width=2"]), plan())
+    return Step(label[:, None].float(), label, torch.zeros(len(label)).long(), 0.5, network, known)
+
+
 def test_coarser_scales_count_half_as_much_each_against_the_nearest_label() -> None:
     objective = supervised()
     fine, label = drawn(4, (8, 12))
@@ -107,8 +112,8 @@ def test_coarser_scales_count_half_as_much_each_against_the_nearest_label() -> N
         objective.compare(coarse, label[:, 2::4, 2::4]),
     ]
     expected = (losses[0] + losses[1] / 2 + losses[2] / 4) / 1.75
-    torch.testing.assert_close(objective.compare_scales([fine, middle, coarse], label), expected)
-    torch.testing.assert_close(objective.compare_scales([fine], label), losses[0])
+    torch.testing.assert_close(objective.compare_scales([fine, middle, coarse], step_of(label)), expected)
+    torch.testing.assert_close(objective.compare_scales([fine], step_of(label)), losses[0])
 
 
 @pytest.mark.parametrize("regions", [(), REGIONS], ids=["classes", "regions"])

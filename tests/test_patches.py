@@ -63,7 +63,8 @@ def prepared(shape: Sequence[int], domain: int = 0, seed: int = 0, foreground: b
     places = [tuple(int(rng.integers(n)) for n in shape) for _ in range(2)] if foreground else []
     for index, place in enumerate(places):
         label[place] = index + 1
-    return PreparedCase(CASE, domain, image, label, tuple(np.array([place], np.int32) for place in places))
+    foreground_voxels = tuple(np.array([place], np.int32) for place in places)
+    return PreparedCase(CASE, domain, image, label, foreground_voxels, known=(0,))
 
 
 def sampler(cases: Sequence[PreparedCase], chosen: Plan, rank: int = 0, **train: Any) -> PatchSampler:
@@ -186,7 +187,7 @@ def test_neighbouring_slices_share_their_fate(kind: str) -> None:
     chosen = plan(size, context=2 if kind == "2.5d" else 0, volumes=True)
     shape = (7, 8, 8)
     case = PreparedCase(
-        CASE, 0, torch.rand(8, 8).expand(1, *shape), torch.zeros(shape, dtype=torch.uint8), ()
+        CASE, 0, torch.rand(8, 8).expand(1, *shape), torch.zeros(shape, dtype=torch.uint8), (), (0,)
     )
     bright = AugmentSettings(noise=0, low_resolution=0, blur=0, brightness=1, contrast=1, gamma=1)
     image = PatchSampler([case], chosen, TrainSettings(batch_size=3), bright, 0).batch(0).image

@@ -261,7 +261,7 @@ def test_the_grid_does_not_depend_on_how_the_file_is_stored(axes: str, kind: Any
     assert found.shape == (2, 5, 6, 10)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     label = anatomy().with_array((anatomy().array[:1] > 0.5).astype(np.int32))
-    assert torch.equal(anyhow.label_to_grid(label.oriented(axes)), anyhow.label_to_grid(label))
+    assert torch.equal(anyhow.label_to_grid(label.oriented(axes), label), anyhow.label_to_grid(label, label))
 
 
 @pytest.mark.parametrize("axes", AXES)

@@ -75,7 +75,7 @@ def sample_voxels(
     chances = prediction.raw.array
     if not np.isfinite(chances).all():
         raise DataError("probabilities that are not finite", where=case.id)
-    label = dataset.class_indices(case.label(), where=case.label_path)
+    label = dataset.label_of(case)
     if not label.same_grid(prediction.label):
         raise GeometryError(
             f"a label of shape {label.shape}", where=case.id, expected=f"{prediction.label.shape}"

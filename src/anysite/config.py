@@ -149,8 +149,16 @@ class TrainSettings(Settings):
     foreground_fraction: Probability = Field(
         default=0.33, description="patches centred on a foreground voxel"
     )
-    sampling: Literal["case", "domain"] = Field(
-        default="case", description="draw cases uniformly, or sites first"
+    sampling: Literal["case", "domain", "task"] = Field(
+        default="case",
+        description="draw cases uniformly, sites first, or of a joint training datasets first and then patients",
+    )
+    unlabelled_share: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of every batch that is images of the training sites without a label, or whose label "
+        "labelled_patients leaves out, for objectives that need none",
     )
     labelled_patients: int | None = Field(
         default=None, gt=0, description="learn from so many patients, the sites taking turns; none: all"
@@ -194,6 +202,10 @@ class PredictSettings(Settings):
         ge=0,
         le=1,
         description="a mask of which a lower Dice is to be expected is sent to review",
+    )
+    task: str | None = Field(
+        default=None,
+        description="of a run trained on several datasets the one that images are like; none: nobody says which",
     )
     normalisation: Literal["eval", "batch"] = Field(
         default="eval",

@@ -117,11 +117,20 @@ def evaluate(
 
 
 def score_volume(
-    mask: Volume, label: Volume, dataset: Dataset, tolerance: float = 2.0, metrics: Collection[str] = METRICS
+    mask: Volume,
+    label: Volume,
+    dataset: Dataset,
+    case: Case,
+    tolerance: float = 2.0,
+    metrics: Collection[str] = METRICS,
 ) -> list[Score]:
-    """Score a label map of class indices against another one on the same grid, class by class or by region."""
-    names = dataset.region_names or dataset.classes[1:]
-    groups = dataset.regions or [(index,) for index in range(1, len(dataset.classes))]
+    """Score a label map of class indices against another one on the same grid, class by class or by region.
+
+    Of several datasets in one, only the classes that the case's own labels.
+    """
+    known = dataset.known_to(case)
+    names = dataset.region_names or [dataset.classes[index] for index in known[1:]]
+    groups = dataset.regions or [(index,) for index in known[1:]]
     masks_of = [(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
     return score_case(mask.array[0], label.array[0], masks_of, label.spacing, label.unit, tolerance, metrics)
 
@@ -251,7 +260,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _score_mask(case: Case, path: Path, dataset: Dataset, ours: bool, tolerance: float) -> list[Score]:
-    label = dataset.class_indices(case.label(), where=case.label_path)
+    label = dataset.label_of(case)
     mask = files.read_label(path)
     if not mask.same_grid(label):
         raise GeometryError(
@@ -264,7 +273,7 @@ def _score_mask(case: Case, path: Path, dataset: Dataset, ours: bool, tolerance:
     beyond = int(mask.array.max())
     if beyond >= len(dataset.classes):
         raise DataError(f"class index {beyond}", where=path, expected=f"0 to {len(dataset.classes) - 1}")
-    return score_volume(mask, label, dataset, tolerance)
+    return score_volume(mask, label, dataset, case, tolerance)
 
 
 def _score_saved(mask_path: Path, digest: str, case: Case, dataset: Dataset) -> list[Score]:
@@ -273,7 +282,7 @@ def _score_saved(mask_path: Path, digest: str, case: Case, dataset: Dataset) -> 
     if not path.is_file() or atomic.sha256(path) != digest:
         return []
     mask = files.read_label(mask_path)
-    label = dataset.class_indices(case.label(), where=case.label_path)
+    label = dataset.label_of(case)
     return score_probabilities(read_probabilities(path), mask, label, dataset, where=path)
 
 

@@ -210,12 +210,12 @@ def _score_corrupted(
     masked = [metric for metric in job.metrics if metric in METRICS]
     calibrated = [metric for metric in job.metrics if metric in CALIBRATION_METRICS]
     for case in cases:
-        image, label = case.image(), dataset.class_indices(case.label(), where=case.label_path)
+        image, label = case.image(), dataset.label_of(case)
         for name, severity in itertools.product(job.corruptions, job.severities):
             # The same draw at every severity and for every method.
             image_seed = zlib.crc32(case.id.encode())
             prediction = segmenter.segment(corrupt(image, name, severity, image_seed))
-            scores = score_volume(prediction.label, label, dataset, metrics=masked)
+            scores = score_volume(prediction.label, label, dataset, case, metrics=masked)
             if calibrated:
                 chances = prediction.probabilities.array
                 scores += score_probabilities(chances, prediction.label, label, dataset, calibrated)

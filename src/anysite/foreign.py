@@ -113,8 +113,8 @@ class MaskJudge:
         if folders:
             maps = [self._read_maps(folder, case, image) for folder in folders]
         else:
-            label = self.dataset.class_indices(case.label(), where=case.label_path)
-            maps = [self._as_maps(label)]
+            label = self.dataset.label_of(case)
+            maps = [self._as_maps(label, image)]
         mean = np.mean(maps, 0)
         views = [torch.from_numpy(one)[None] for one in maps]
         agreement = count_agreement(views, bool(self.plan.regions)) if len(views) > 1 else None
@@ -132,7 +132,7 @@ class MaskJudge:
                 f"a mask of shape {mask.shape}", where=path, expected=f"the grid of the image, {image.shape}"
             )
         if "entropy" not in self.judge.detectors:
-            return self._as_maps(mask)
+            return self._as_maps(mask, image)
         saved = _probabilities_of(folder, case.id)
         if saved is None:
             raise DataError(
@@ -141,8 +141,8 @@ class MaskJudge:
             )  # fmt: skip
         return self._on_grid(image.with_array(_turn(read_probabilities(saved), self.plan, mask, saved)))
 
-    def _as_maps(self, label: Volume) -> Float[np.ndarray, "k *s"]:
-        found = self.plan.label_to_grid(label).numpy()
+    def _as_maps(self, label: Volume, image: Volume) -> Float[np.ndarray, "k *s"]:
+        found = self.plan.label_to_grid(label, image).numpy()
         maps = self.plan.as_maps(found.ravel()).reshape(-1, *found.shape)
         return maps.astype(np.float32)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from anysite import registry
@@ -36,6 +36,7 @@ class Learner(nn.Module):
         domain: Int[Tensor, " b"],
         progress: float,
         compare: bool = False,
+        known: Bool[Tensor, "b k"] | None = None,
     ) -> dict[str, Tensor]:
         """Return every weighted loss by its objective's name (and term), and their sum as "total".
 
@@ -43,7 +44,7 @@ class Learner(nn.Module):
         pulls at the network's weights. This has to happen here: outside, Fabric's precision refuses any other
         backward pass than its own.
         """
-        step = Step(image, label, domain, progress, self.network)
+        step = Step(image, label, domain, progress, self.network, known)
         losses: dict[str, Tensor] = {}
         for name, objective in self.named_objectives():
             loss, weight = objective(step), objective.weight

@@ -146,7 +146,7 @@ class Training:
         every = self.settings.diagnose_every
         compare = bool(every) and self.step % every == 0
         losses: dict[str, Tensor] = self.wrapped(
-            image, batch.label, batch.domain, self.step / self.steps, compare
+            image, batch.label, batch.domain, self.step / self.steps, compare, batch.known
         )
         values = {name: float(loss.detach()) for name, loss in losses.items()}
         self._require_finite("loss", values["total"], batch, rate, values)

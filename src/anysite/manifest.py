@@ -163,6 +163,7 @@ def describe_dataset(dataset: Dataset) -> dict[str, Any]:
         "name": dataset.name,
         "classes": list(dataset.classes),
         "label_values": list(dataset.label_values),
+        **({"tasks": {name: task.indices for name, task in dataset.tasks.items()}} if dataset.tasks else {}),
     }
 
 
@@ -173,6 +174,7 @@ def describe_case(case: Case, output: Path) -> dict[str, Any]:
         "label": _locate(case.label_path, output) if case.label_path else None,
         "patient": case.patient,
         "domain": case.domain,
+        **({"task": case.task} if case.task else {}),
     }
 
 

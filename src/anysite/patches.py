@@ -9,19 +9,19 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from anysite.augment import augment
 from anysite.config import AugmentSettings, TrainSettings
 from anysite.data.case import Case, Dataset
-from anysite.errors import AnysiteError, DataError, GeometryError
+from anysite.errors import AnysiteError, ConfigError, DataError, GeometryError
 from anysite.plan import Plan
 
 FOREGROUND_VOXELS = 4096
@@ -29,17 +29,18 @@ FOREGROUND_VOXELS = 4096
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Patches on their way into the network."""
+    """Patches on their way into the network; `known` tells which classes each one's label is about."""
 
     image: Float[Tensor, "b c *s"]
     label: Int[Tensor, "b *s"]
     domain: Int[Tensor, " b"]
+    known: Bool[Tensor, "b k"]
     case_ids: tuple[str, ...]
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`."""
         image, label, domain = (t.to(device) for t in (self.image, self.label, self.domain))
-        return Batch(image, label, domain, self.case_ids)
+        return Batch(image, label, domain, self.known.to(device), self.case_ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +50,7 @@ class PreparedCase:
     Attributes:
         image: `(C, *S)`, where normalised in half precision: half the memory, finer than any scanner's noise.
         foreground: For each class present, up to `FOREGROUND_VOXELS` of its voxel indices `(n, D)`.
+        known: The class indices that its label tells of; none where it has no label.
     """
 
     case: Case
@@ -56,17 +58,27 @@ class PreparedCase:
     image: Tensor
     label: Tensor
     foreground: tuple[np.ndarray, ...]
+    known: tuple[int, ...]
 
 
 class PreparedCases:
     """Training cases on the plan's grid, in memory, or mapped from temporary files above a limit."""
 
-    def __init__(self, dataset: Dataset, plan: Plan, domains: Sequence[str], memory_gb: float) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: Plan,
+        domains: Sequence[str],
+        memory_gb: float,
+        unlabelled: Sequence[Case] = (),
+    ) -> None:
         self.folder: Path | None = None
         self.cases: list[PreparedCase] = []
         held = 0
-        for index, case in enumerate(dataset.usable):
-            prepared = prepare(case, dataset, plan, domains.index(case.domain))
+        images = dataset.without_labels()
+        everything = [*((case, dataset) for case in dataset.usable), *((case, images) for case in unlabelled)]
+        for index, (case, source) in enumerate(everything):
+            prepared = prepare(case, source, plan, domains.index(case.domain))
             size = prepared.image.nbytes + prepared.label.nbytes
             if held + size > memory_gb * 2**30:
                 prepared = self._move_to_disk(prepared, index)
@@ -90,7 +102,7 @@ class PreparedCases:
         path = self.folder / f"{index}.npy"
         np.save(path, prepared.image.numpy(), allow_pickle=False)
         mapped = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
-        return PreparedCase(prepared.case, prepared.domain, mapped, prepared.label, prepared.foreground)
+        return replace(prepared, image=mapped)
 
 
 def prepare(case: Case, dataset: Dataset, plan: Plan, domain: int) -> PreparedCase:
@@ -100,11 +112,12 @@ def prepare(case: Case, dataset: Dataset, plan: Plan, domain: int) -> PreparedCa
         DataError: the case cannot be read or does not fit the plan; the text names the case.
     """
     try:
-        image = plan.to_grid(case.image())
+        volume = case.image()
+        image = plan.to_grid(volume)
         if dataset.unlabelled:
             label = torch.zeros(image.shape[1:], dtype=torch.uint8)
         else:
-            label = plan.label_to_grid(dataset.class_indices(case.label(), where=case.label_path))
+            label = plan.label_to_grid(dataset.label_of(case), volume)
         if image.shape[1:] != label.shape:
             raise GeometryError(
                 f"a label of shape {tuple(label.shape)}", expected=f"{tuple(image.shape[1:])}"
@@ -120,7 +133,26 @@ def prepare(case: Case, dataset: Dataset, plan: Plan, domain: int) -> PreparedCa
             foreground.append(voxels[chooser.choice(len(voxels), keep, replace=False)].astype(np.int32))
     # Values as they are in the file may lie beyond half precision.
     raw = any(normalisation.kind == "none" for normalisation in plan.normalisation)
-    return PreparedCase(case, domain, image if raw else image.half(), label, tuple(foreground))
+    known = () if dataset.unlabelled else dataset.known_to(case)
+    return PreparedCase(case, domain, image if raw else image.half(), label, tuple(foreground), known)
+
+
+class _Pool:
+    """Cases to draw from: alike, or in turns of their sites or datasets."""
+
+    def __init__(self, cases: Sequence[PreparedCase], sampling: str) -> None:
+        key = {"case": lambda c: "", "domain": lambda c: c.domain, "task": lambda c: c.case.task}[sampling]
+        self.groups = [[c for c in cases if key(c) == one] for one in sorted({key(c) for c in cases})]
+        self.by_patient = sampling == "task"
+
+    def choose(self, chooser: np.random.Generator, turn: int) -> PreparedCase:
+        """Return a case; taking turns makes every batch as balanced as its size allows."""
+        cases = self.groups[turn % len(self.groups)]
+        if self.by_patient:
+            patients = sorted({c.case.patient for c in cases})
+            patient = patients[int(chooser.integers(len(patients)))]
+            cases = [c for c in cases if c.case.patient == patient]
+        return cases[int(chooser.integers(len(cases)))]
 
 
 class PatchSampler:
@@ -148,16 +180,26 @@ class PatchSampler:
         self.batch_size = train.batch_size or (8 if plan.dimension == 2 else 2)
         self.foreground_fraction, self.sampling = train.foreground_fraction, train.sampling
         self.seed, self.rank = seed, rank
-        self.by_domain = [
-            [c for c in cases if c.domain == domain] for domain in sorted({c.domain for c in cases})
-        ]
+        self.pools = [(_Pool(cases, train.sampling), self.batch_size)]
+        if train.unlabelled_share and len({bool(case.known) for case in cases}) == 2:
+            if self.batch_size == 1:
+                raise ConfigError("1", where="train.batch_size", expected="2 or more with unlabelled_share")
+            without = min(self.batch_size - 1, max(1, round(train.unlabelled_share * self.batch_size)))
+            self.pools = [
+                (_Pool([case for case in cases if case.known], train.sampling), self.batch_size - without),
+                (_Pool([case for case in cases if not case.known], train.sampling), without),
+            ]
 
     def batch(self, step: int) -> Batch:
         """Return the batch of one step."""
         chooser = np.random.default_rng([self.seed, self.rank, step])
         images, labels, chosen = [], [], []
-        for position in range(self.batch_size):
-            case = self._choose_case(chooser, step, position)
+        drawn = [
+            pool.choose(chooser, step * count + position)
+            for pool, count in self.pools
+            for position in range(count)
+        ]
+        for case in drawn:
             image, label = self._cut(case, chooser)
             images.append(image)
             labels.append(label)
@@ -167,7 +209,10 @@ class PatchSampler:
         image, label = augment(
             torch.stack(images).float(), torch.stack(labels).long(), self.augmentation, generator, domain
         )
-        return Batch(image, label, domain, tuple(case.case.id for case in chosen))
+        known = torch.zeros(len(chosen), len(self.plan.classes), dtype=torch.bool)
+        for row, case in zip(known, chosen, strict=True):
+            row[list(case.known)] = True
+        return Batch(image, label, domain, known, tuple(case.case.id for case in chosen))
 
     def batches(self, steps: range, ahead: bool = True) -> Iterator[Batch]:
         """Yield the batch of every step; with `ahead` a thread prepares the next while one is worked on."""
@@ -181,13 +226,6 @@ class PatchSampler:
                 batch = upcoming.result()
                 upcoming = pool.submit(self.batch, step + 1) if step + 1 in steps else None
                 yield batch
-
-    def _choose_case(self, chooser: np.random.Generator, step: int, position: int) -> PreparedCase:
-        if self.sampling == "case":
-            return self.cases[int(chooser.integers(len(self.cases)))]
-        # Sites take turns, so that every batch is as balanced as its size allows.
-        cases = self.by_domain[(step * self.batch_size + position) % len(self.by_domain)]
-        return cases[int(chooser.integers(len(cases)))]
 
     def _cut(self, case: PreparedCase, chooser: np.random.Generator) -> tuple[Tensor, Tensor]:
         size = (1, *self.plan.patch_size) if self.plan.slice_wise else self.plan.patch_size

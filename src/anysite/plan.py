@@ -22,6 +22,7 @@ from anysite.errors import ConfigError, DataError, GeometryError
 
 ANISOTROPY_LIMIT = 3.0
 CLIP_PERCENTILES = (0.5, 99.5)
+HOUNSFIELD_BELOW = -500.0  # air lies near -1000, and no other common scale goes so low
 
 
 class Normalisation(BaseModel):
@@ -39,6 +40,16 @@ class Normalisation(BaseModel):
     high: float = 1.0
 
 
+class Variant(BaseModel):
+    """What differs between datasets that are trained on jointly: spacing, normalisation and classes of one of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    task: str
+    spacing: tuple[float, ...]
+    normalisation: tuple[Normalisation, ...]
+    classes: tuple[int, ...] = ()
+
+
 class Plan(BaseModel):
     """The grid a network works on, learned from training cases alone and stored in the run folder.
 
@@ -49,6 +60,8 @@ class Plan(BaseModel):
         spacing: Voxel size on the grid, slice axis first, in `unit`.
         context_slices: Neighbouring slices on each side that a slice brings along as channels.
         patch_size: Voxels of a patch, as many as `dimension`.
+        variants: Of several datasets trained on jointly, each one's own spacing and normalisation; an image takes
+            those it is nearest to, since nobody says which dataset it is like.
         reasons: Why each choice was made, for people.
     """
 
@@ -67,6 +80,7 @@ class Plan(BaseModel):
     regions: tuple[tuple[int, ...], ...] = ()
     region_names: tuple[str, ...] = ()
     region_classes: tuple[int, ...] = ()
+    variants: tuple[Variant, ...] = ()
     reasons: tuple[str, ...] = ()
 
     @property
@@ -97,17 +111,51 @@ class Plan(BaseModel):
             )
         if image.unit != self.unit:
             raise GeometryError(f"an image in {image.unit}", expected=f"{self.unit} as in training")
-        return image.oriented(self.axes).resampled(self.spacing, "cubic")
+        oriented = image.oriented(self.axes)
+        return oriented.resampled(self.variant_of(oriented).spacing, "cubic")
+
+    def variant_of(self, image: Volume) -> Variant:
+        """Return the spacing and normalisation for an image: of several datasets' those nearest to it.
+
+        First those for its kind of intensities, Hounsfield units or not, then the nearest spacing.
+        """
+        own = Variant(task="", spacing=self.spacing, normalisation=self.normalisation)
+        if not self.variants:
+            return own
+        spacing = image.oriented(self.axes).spacing
+        hounsfield = float(image.array[0].min()) <= HOUNSFIELD_BELOW
+
+        def distance(variant: Variant) -> tuple[bool, float]:
+            steps = np.abs(np.log(np.divide(variant.spacing, spacing))).sum()
+            return (variant.normalisation[0].kind == "dataset") != hounsfield, float(steps)
+
+        return min(self.variants, key=distance)
 
     def to_grid(self, image: Volume) -> Float[Tensor, "c *s"]:
         """Return the image on the plan's grid, normalised, slice axis first."""
         array = self.on_grid(image).array.astype(np.float32)
-        channels = [_normalise(a, n) for a, n in zip(array, self.normalisation, strict=True)]
+        normalisation = self.variant_of(image).normalisation
+        channels = [_normalise(a, n) for a, n in zip(array, normalisation, strict=True)]
         return torch.from_numpy(np.stack(channels))
 
-    def label_to_grid(self, label: Volume) -> Integer[Tensor, "*s"]:
-        """Return a label map of class indices on the plan's grid; for training only."""
-        array = label.oriented(self.axes).resampled(self.spacing, "label").array[0]
+    def for_task(self, name: str) -> Plan:
+        """Return the plan for images that are known to be like those of one of several datasets.
+
+        Raises:
+            ConfigError: it was not trained on a dataset of that name.
+        """
+        chosen = tuple(variant for variant in self.variants if variant.task == name)
+        if not chosen:
+            known = ", ".join(variant.task for variant in self.variants)
+            raise ConfigError(
+                f"{name!r}", where="task",
+                expected=f"one of {known}" if known else "none: the run was trained on one dataset",
+            )  # fmt: skip
+        return self.model_copy(update={"variants": chosen})
+
+    def label_to_grid(self, label: Volume, image: Volume) -> Integer[Tensor, "*s"]:
+        """Return a label map of class indices on the plan's grid for its image; for training only."""
+        array = label.oriented(self.axes).resampled(self.variant_of(image).spacing, "label").array[0]
         return torch.from_numpy(
             np.ascontiguousarray(array.astype(np.uint8 if len(self.classes) < 256 else np.int16))
         )
@@ -189,13 +237,19 @@ def learn_plan(dataset: Dataset, settings: PlanSettings, threads: int = 2) -> Pl
                 expected=f"{prints[0].unit} as in {cases[0].id}",
             )
     image_dimension = len(prints[0].shape)
-    spacing = np.median([p.spacing for p in prints], axis=0)
+    by_task: dict[str, list[_Fingerprint]] = {}
+    for case, found in zip(cases, prints, strict=True):
+        by_task.setdefault(case.task if dataset.tasks else "", []).append(found)
+    # Of several datasets each counts alike, however many cases it has.
+    medians = {task: np.median([p.spacing for p in own], axis=0) for task, own in by_task.items()}
+    spacing = np.median(list(medians.values()), axis=0)
     extents = np.array([np.multiply(p.shape, p.spacing) for p in prints])
     reasons: list[str] = []
     axes, order = "", list(range(image_dimension))
     anisotropic = False
     if image_dimension == 3:
-        anisotropic, slice_axis, why = _find_slice_axis(spacing, np.median([p.shape for p in prints], axis=0))
+        shapes = [np.median([p.shape for p in own], axis=0) for own in by_task.values()]
+        anisotropic, slice_axis, why = _find_slice_axis(spacing, np.median(shapes, axis=0))
         reasons.append(why)
         order = [slice_axis, *(a for a in range(3) if a != slice_axis)]
         axes = "".join("RAS"[a] for a in order)
@@ -214,6 +268,9 @@ def learn_plan(dataset: Dataset, settings: PlanSettings, threads: int = 2) -> Pl
             f"spacing {_listed(spacing)} {prints[0].unit}: the median of {len(prints)} training cases"
         )
     dimension, context = _choose_dimension(settings, image_dimension, anisotropic, reasons)
+    if settings.spacing is None and len(medians) > 1:
+        tasks = [case.task for case in cases]
+        extents = extents / np.array([medians[task][order] for task in tasks]) * spacing
     shape = np.median(extents / spacing, axis=0)[image_dimension - dimension :]
     limit = settings.max_patch_voxels or (2**16 if dimension == 2 else 2**18)
     if settings.patch_size is not None:
@@ -227,6 +284,15 @@ def learn_plan(dataset: Dataset, settings: PlanSettings, threads: int = 2) -> Pl
             f"patch size {_listed(patch_size)}: median shape {_listed(shape)} on the grid, at most {limit} voxels"
         )
     normalisation = _choose_normalisation(settings, prints, reasons)
+    variants = ()
+    if len(by_task) > 1:
+        variants = tuple(
+            _learn_variant(settings, task, own, order).model_copy(
+                update={"classes": dataset.tasks[task].classes}
+            )
+            for task, own in by_task.items()
+        )
+        reasons.append("spacing and normalisation of its own for each of " + ", ".join(by_task))
     return Plan(
         dimension=2 if dimension == 2 else 3,
         image_dimension=2 if image_dimension == 2 else 3,
@@ -242,6 +308,7 @@ def learn_plan(dataset: Dataset, settings: PlanSettings, threads: int = 2) -> Pl
         regions=dataset.regions,
         region_names=dataset.region_names,
         region_classes=dataset.region_classes,
+        variants=variants,
         reasons=tuple(reasons),
     )
 
@@ -280,7 +347,7 @@ def _fingerprint(case: Case, dataset: Dataset) -> _Fingerprint:
         # Air and the black around a picture are no part of what is imaged.
         spatial = tuple(range(1, image.array.ndim))
         return _describe(image, (image.array > image.array.mean(spatial, keepdims=True)).any(0))
-    label = dataset.class_indices(case.label(), where=case.label_path).oriented("RAS")
+    label = dataset.label_of(case).oriented("RAS")
     if not image.same_grid(label):
         raise GeometryError(
             f"a label of shape {label.shape} and spacing {_listed(label.spacing)}",
@@ -338,6 +405,17 @@ def _choose_dimension(
     return (3, 0) if chosen == "3d" else (2, settings.context_slices if chosen == "2.5d" else 0)
 
 
+def _learn_variant(
+    settings: PlanSettings, task: str, prints: list[_Fingerprint], order: list[int]
+) -> Variant:
+    spacing = settings.spacing or np.median([p.spacing for p in prints], axis=0)[order]
+    try:
+        normalisation = _choose_normalisation(settings, prints, [])
+    except DataError as error:
+        raise DataError(f"{task}: {error}") from None
+    return Variant(task=task, spacing=tuple(float(s) for s in spacing), normalisation=normalisation)
+
+
 def _choose_normalisation(
     settings: PlanSettings, prints: list[_Fingerprint], reasons: list[str]
 ) -> tuple[Normalisation, ...]:
@@ -347,8 +425,8 @@ def _choose_normalisation(
     result: list[Normalisation] = []
     for channel in range(prints[0].channels):
         kind = settings.normalisation
-        # Hounsfield units are the one common intensity scale with meaning; air lies near -1000.
-        hounsfield = float(np.median([p.minimum[channel] for p in prints])) <= -500
+        # Hounsfield units are the one common intensity scale with meaning.
+        hounsfield = float(np.median([p.minimum[channel] for p in prints])) <= HOUNSFIELD_BELOW
         if kind == "auto":
             kind = "dataset" if hounsfield else "case"
             why = (

@@ -109,6 +109,7 @@ def predict(
     flips: bool | None = None,
     calibrate: bool | None = None,
     least_dice: float | None = None,
+    task: str | None = None,
     save_probabilities: bool = False,
     part: str = "1/1",
     referral: float | None = None,
@@ -123,9 +124,10 @@ def predict(
     image is skipped. A case that fails is entered with its error and the rest goes on.
 
     Args:
-        flips: Whether to average over mirrored views; like the two after it, none: as the first run's settings.
+        flips: Whether to average over mirrored views; like the three after it, none: as the first run's settings.
         calibrate: Whether saved probabilities are scaled by the run's temperature.
         least_dice: A mask of which a lower Dice is to be expected is sent to review.
+        task: Of runs trained on several datasets, the one that all images are like.
         referral: Share of the cases that a person can look at, for the verdicts of all of them together.
         dataset: What the cases are of, for the manifest.
         sites_known: Whether the domains of the cases are sites, and not just names of folders.
@@ -141,7 +143,7 @@ def predict(
     _require_apart(cases, output)
     share = select_part(cases, part)
     settings = run_folders[0].config.predict
-    asked = {"flips": flips, "calibrate": calibrate, "least_dice": least_dice}
+    asked = {"flips": flips, "calibrate": calibrate, "least_dice": least_dice, "task": task}
     settings = settings.model_copy(update={name: value for name, value in asked.items() if value is not None})
     origin = {
         "runs": [
@@ -235,7 +237,7 @@ def _decision_of(entry: dict[str, Any]) -> str:
 def _role_of(case: Case, run: Run) -> str:
     if case.domain not in run.manifest.get("train_domains", [case.domain]):
         return "unseen"
-    roles = {"training": "training", "held_out": "in_domain"}
+    roles = {"training": "training", "unlabelled": "training", "held_out": "in_domain"}
     return next((split for role, split in roles.items() if case.id in run.splits.get(role, ())), "unknown")
 
 

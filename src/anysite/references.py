@@ -47,8 +47,9 @@ def learn_references(
             return None
         dice = None
         if case in held_out and case.label_path is not None:
-            truth = dataset.class_indices(case.label(), where=case.label_path)
-            dice = mean_dice(segmenter.label_of(output, image), truth, segmenter.plan)
+            truth = dataset.label_of(case)
+            known = dataset.known_to(case)
+            dice = mean_dice(segmenter.label_of(output, image), truth, segmenter.plan, known)
         return Reference(vectors, f"{case.domain}/{case.patient}", dice, shifted)
 
     def gather(cases: Sequence[Case], flips: bool | None, copies: int) -> Iterator[Reference]:
@@ -80,9 +81,9 @@ def shift(image: Volume, case_id: str, copies: int) -> Iterator[Volume]:
         yield corrupt(image, name, int(chooser.integers(1, 6)), int(chooser.integers(2**31)))
 
 
-def mean_dice(label: Volume, truth: Volume, plan: Plan) -> float | None:
-    """Return the mean Dice over the classes, or regions, that either map holds; none where there are none."""
-    groups = plan.regions or tuple((index,) for index in range(1, len(plan.classes)))
+def mean_dice(label: Volume, truth: Volume, plan: Plan, known: Sequence[int]) -> float | None:
+    """Return the mean Dice over the known classes, or the regions, that either map holds; none without any."""
+    groups = plan.regions or tuple((index,) for index in known if index > 0)
     masks_of = [(str(group), tuple(group)) for group in groups]
     scores = score_case(label.array[0], truth.array[0], masks_of, truth.spacing, truth.unit, metrics=["dice"])
     defined = [score.value for score in scores if score.value is not None]

@@ -91,8 +91,9 @@ class Segmenter:
         self.device = torch.device(compute.choose_accelerator(accelerator))
         self.precision = compute.choose_precision(self.settings.precision, self.device.type)
         loaded = networks or [run.network() for run in runs]
+        task = self.settings.task
         self.members = [
-            _Member(self._place(network, run.path), run.plan, run.config)
+            _Member(self._place(network, run.path), run.plan.for_task(task) if task else run.plan, run.config)
             for network, run in zip(loaded, runs, strict=True)
         ]
         self.judges = [run.judge for run in runs]
@@ -155,6 +156,8 @@ class Segmenter:
     ) -> Output:
         """Return the merged probabilities of all windows, and with `watch` the sums over the encoder's layers."""
         network, plan = member.network, member.plan
+        known = plan.variants[0].classes if self.settings.task else range(plan.outputs)
+        hidden = [index for index in range(plan.outputs) if index not in known]
         mirrored = self.settings.flips if flips is None else flips
         sets = flip_combinations(plan, member.config) if mirrored else [()]
         layers: tuple[Layer, ...] = ()
@@ -168,7 +171,9 @@ class Segmenter:
                 features = network.encode(torch.flip(windows, axes))
                 if watch and not axes:
                     layers = add_layers(layers, [sum_layer(feature) for feature in features])
-                views.append(torch.flip(plan.as_probabilities(network.decode(features).float()), axes))
+                logits = network.decode(features).float()
+                logits[:, hidden] = -torch.inf
+                views.append(torch.flip(plan.as_probabilities(logits), axes))
             if len(views) == 1:
                 return views[0]
             if watch:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 
 from anysite.config import Config
-from anysite.data.case import Dataset
+from anysite.data.case import Case, Dataset
 from anysite.errors import DataError
 
 
@@ -20,6 +20,7 @@ class Splits:
         test: The sites kept out of training altogether.
         images: All cases of training sites, labelled or not, whose patients are neither held out nor tested: what
             a pretraining may see.
+        unlabelled: The cases among them that are learned from without a label, where that was asked for.
         dropped: Cases of training sites left out because their patient is also at a test site.
     """
 
@@ -27,6 +28,7 @@ class Splits:
     held_out: Dataset
     test: Dataset
     images: Dataset
+    unlabelled: tuple[Case, ...] = ()
     dropped: tuple[str, ...] = ()
 
     @property
@@ -34,10 +36,16 @@ class Splits:
         """The sites whose patients are trained on or held out."""
         return tuple(dict.fromkeys(case.domain for case in (*self.training.cases, *self.held_out.cases)))
 
+    @property
+    def learned_domains(self) -> tuple[str, ...]:
+        """The sites whose images are learned from."""
+        return tuple(dict.fromkeys(case.domain for case in (*self.training.cases, *self.unlabelled)))
+
     def as_ids(self) -> dict[str, list[str]]:
         """Return the case ids by role."""
         parts = {"training": self.training, "held_out": self.held_out, "test": self.test}
-        return {role: [case.id for case in part.cases] for role, part in parts.items()}
+        ids = {role: [case.id for case in part.cases] for role, part in parts.items()}
+        return ids | ({"unlabelled": [case.id for case in self.unlabelled]} if self.unlabelled else {})
 
 
 def split(dataset: Dataset, config: Config) -> Splits:
@@ -66,7 +74,11 @@ def split(dataset: Dataset, config: Config) -> Splits:
             if dropped
             else "",
         )
-    return Splits(training, held_out, test, images, dropped)
+    unlabelled = ()
+    if config.train.unlabelled_share and not dataset.unlabelled:
+        labelled = {case.id for case in training.cases}
+        unlabelled = tuple(case for case in images.cases if case.id not in labelled)
+    return Splits(training, held_out, test, images, unlabelled, dropped)
 
 
 def draw_patients(dataset: Dataset, count: int, seed: int) -> set[str]:

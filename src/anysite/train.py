@@ -110,9 +110,13 @@ def _start(job: _Job) -> None:
     splits = split(job.dataset, job.config)
     if splits.dropped:
         job.warn(f"{len(splits.dropped)} cases train nowhere, because their patient is also at a test site")
+    if job.config.train.unlabelled_share and not splits.unlabelled and not job.dataset.unlabelled:
+        job.warn(
+            "no image of the training sites is without a label, so that train.unlabelled_share does nothing"
+        )
     threads = compute.use_threads(job.config.train.threads)
     plan = job.plan or learn_plan(splits.training, job.config.plan, threads)
-    domains = splits.training.domains
+    domains = splits.learned_domains
     learner = build_learner(job.config, plan, domains)  # so that a wrong setting leaves no run folder behind
     _check_start(job, splits, learner.network)
     Judge(job.config.judge)  # as above
@@ -240,7 +244,7 @@ def _require_unseen(run: runs.Run, dataset: Dataset, splits: Splits) -> None:
     Raises:
         ConfigError: the earlier run saw test or held-out cases of this one.
     """
-    seen = {*run.splits["training"]}
+    seen = {*run.splits["training"], *run.splits.get("unlabelled", ())}
     if (run.path / "pretraining" / runs.SPLITS).is_file():
         seen |= {*runs.read_splits(run.path / "pretraining")["training"]}
     kept_out = {case.id for case in (*splits.held_out.cases, *splits.test.cases)}
@@ -280,7 +284,7 @@ def _pretrain(fabric: Fabric, job: _Job, training: Training) -> runs.Run:
         update={
             "steps": stage.steps, "learning_rate": stage.learning_rate, "validation_fraction": 0.0,
             "batch_size": stage.batch_size or config.train.batch_size, "labelled_patients": None,
-            "encoder_rate_factor": 1.0,
+            "encoder_rate_factor": 1.0, "unlabelled_share": 0.0,
         }
     )  # fmt: skip
     alone = {
@@ -314,8 +318,9 @@ def build_training(
         ConfigError: unknown or unfitting settings of network or objectives.
     """
     plan, splits = runs.read_plan(output), split(dataset, config)
-    domains = splits.training.domains
-    cases = PreparedCases(splits.training, plan, domains, config.train.cache_memory_gb)
+    domains = splits.learned_domains
+    memory_gb = config.train.cache_memory_gb
+    cases = PreparedCases(splits.training, plan, domains, memory_gb, splits.unlabelled)
     sampler = PatchSampler(cases.cases, plan, config.train, config.augment, config.seed, fabric.global_rank)
     torch.manual_seed(config.seed)
     learner = build_learner(config, plan, domains)

@@ -41,12 +41,15 @@ def validate(network: Network, cases: Sequence[PreparedCase], plan: Plan, batch_
     with torch.inference_mode():
         for case in cases:
             probabilities = slide(case.image.float().to(device), predict, plan, OVERLAP, batch_size)
-            scores += dice_of_maps(probabilities.cpu(), case.label, plan)
+            scores += dice_of_maps(probabilities.cpu(), case.label, plan, case.known)
     return sum(scores) / max(1, len(scores))
 
 
-def dice_of_maps(probabilities: Tensor, label: Tensor, plan: Plan) -> list[float]:
-    """Return Dice for every foreground class or region that the label or the prediction has."""
+def dice_of_maps(probabilities: Tensor, label: Tensor, plan: Plan, known: Sequence[int]) -> list[float]:
+    """Return Dice for every foreground class or region that the label or the prediction has.
+
+    Of classes only those `known`, which the label tells of.
+    """
     if plan.regions:
         pairs = [
             (p > 0.5, torch.isin(label, torch.tensor(r)))
@@ -54,6 +57,6 @@ def dice_of_maps(probabilities: Tensor, label: Tensor, plan: Plan) -> list[float
         ]
     else:
         decided = probabilities.argmax(0)
-        pairs = [(decided == k, label == k) for k in range(1, len(plan.classes))]
+        pairs = [(decided == k, label == k) for k in known if k > 0]
     sums = [(2 * int((a & b).sum()), int(a.sum()) + int(b.sum())) for a, b in pairs]
     return [both / either for both, either in sums if either]

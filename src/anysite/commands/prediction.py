@@ -43,6 +43,12 @@ def predict(
             help="review masks of which a lower Dice is to be expected; default: the run's setting",
         ),
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="of runs trained on several datasets the one that all images are like; default: any of them"
+        ),
+    ] = None,
     include_training: Annotated[
         bool, typer.Option("--include-training", help="also cases the run was trained on")
     ] = False,
@@ -75,7 +81,7 @@ def predict(
     outcomes: list[CaseOutcome] = []
     with console.case_bar(len(share), "predicting") as advance:
         for outcome in prediction.predict(
-            opened, cases, output, flips=flips, calibrate=calibrate, least_dice=least_dice,
+            opened, cases, output, flips=flips, calibrate=calibrate, least_dice=least_dice, task=task,
             save_probabilities=save_probabilities, part=part,
             referral=referral, dataset=dataset, sites_known=sites_known, accelerator=accelerator,
         ):  # fmt: skip

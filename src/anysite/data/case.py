@@ -73,6 +73,19 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Task:
+    """One of the datasets that are trained on jointly: what its labels mean in the classes of all.
+
+    Attributes:
+        classes: The class indices it labels, background included; of the others its labels say nothing.
+        indices: The class index of each of its label values, of some perhaps the background's.
+    """
+
+    classes: tuple[int, ...]
+    indices: dict[int, int]
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Cases with their class names and where they come from.
 
@@ -86,6 +99,7 @@ class Dataset:
             painted over each other in their order (nnU-Net's `regions_class_order`).
         provenance: Licence, link, modality and the like, for people.
         unlabelled: Whether labels are disregarded altogether, as a pretraining does.
+        tasks: Of several datasets in one, what each of them labels, by `Case.task`; empty otherwise.
     """
 
     name: str
@@ -97,6 +111,7 @@ class Dataset:
     region_classes: tuple[int, ...] = ()
     provenance: dict[str, str] = field(default_factory=dict)
     unlabelled: bool = False
+    tasks: dict[str, Task] = field(default_factory=dict)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -177,6 +192,40 @@ class Dataset:
             self.with_cases(c for c in self.cases if c.patient not in held_out),
             self.with_cases(c for c in self.cases if c.patient in held_out),
         )
+
+    def label_of(self, case: Case) -> Volume:
+        """Read a case's label map as class indices `(1, *S)`.
+
+        Raises:
+            DataError: the case has no label.
+            FileFormatError, LabelError: the file is no label map, or holds a value that stands for no class.
+        """
+        label = case.label()
+        task = self.tasks.get(case.task)
+        if task is None:
+            return self.class_indices(label, where=case.label_path)
+        found = np.unique(label.array)
+        unknown = [int(value) for value in found if value not in task.indices]
+        if unknown:
+            raise LabelError(
+                f"label value{'s' if len(unknown) > 1 else ''} {', '.join(map(str, unknown[:10]))}",
+                where=case.label_path,
+                expected=f"only {', '.join(map(str, sorted(task.indices)))}, as {case.task} declares",
+            )
+        positions = np.array([task.indices[int(value)] for value in found], np.int32)
+        return label.with_array(positions[np.searchsorted(found, label.array)])
+
+    def known_to(self, case: Case) -> tuple[int, ...]:
+        """Return the class indices that the case's label tells of: all, or those of its dataset among several."""
+        task = self.tasks.get(case.task)
+        return task.classes if task else tuple(range(len(self.classes)))
+
+    def of_task(self, name: str) -> Dataset:
+        """Return one of several datasets by itself, with a class for each value that its labels may hold."""
+        values = self.tasks[name].indices
+        classes = tuple(self.classes[index] for index in values.values())
+        cases = tuple(case for case in self.cases if case.task == name)
+        return replace(self, cases=cases, classes=classes, label_values=tuple(values), tasks={})
 
     def class_indices(self, label: Volume, where: object = "") -> Volume:
         """Return a label map as read from file with its values replaced by class indices.

@@ -107,6 +107,10 @@ def inspect_dataset(
     """
     if not isinstance(dataset, Dataset):
         dataset = find_cases(dataset)
+    if dataset.tasks:
+        parts = [inspect_dataset(dataset.of_task(name), threads, progress) for name in dataset.tasks]
+        found = sorted((p for part in parts for p in part.problems), key=lambda problem: problem.severity)
+        return Inspection(tuple(found), tuple(site for part in parts for site in part.sites))
     readings = []
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for reading in pool.map(_read, dataset.cases):

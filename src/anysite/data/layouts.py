@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from anysite import atomic
-from anysite.data import files
+from anysite.data import files, joint
 from anysite.data.case import Case, Dataset
 from anysite.data.classes import Declaration, count_values, declare_classes, infer_classes, read_declaration
 from anysite.errors import DataError, LabelError
@@ -22,12 +22,12 @@ MANIFESTS = ("index.csv", "dataset.csv", "manifest.csv")
 MASK_FOLDERS = ("masks", "labels")
 EXPECTED = (
     f"a CSV manifest ({', '.join(MANIFESTS)}), an nnU-Net folder (dataset.json, imagesTr, labelsTr), "
-    "or <site>/images and <site>/masks"
+    "<site>/images and <site>/masks, or a JSON file that lists datasets"
 )
 
 
 def open_dataset(path: Path, unseen: Collection[str] = ()) -> Dataset:
-    """Open the dataset at `path`: a CSV manifest, an nnU-Net v2 folder, or folders of images and masks.
+    """Open the dataset at `path`: a CSV manifest, an nnU-Net v2 folder, folders of images and masks, or several.
 
     Only where no dataset.json declares the classes are the label files read, to find their values; those of
     the sites `unseen`, which are kept for testing, are not.
@@ -36,6 +36,13 @@ def open_dataset(path: Path, unseen: Collection[str] = ()) -> Dataset:
         DataError: nothing known lies there, or the layout contradicts itself.
         LabelError: undeclared classes that cannot be told from the label values.
     """
+    if joint.is_joint(path := Path(path)):
+        declaration, folders = joint.read_joint(path)
+        opened = {
+            name: open_dataset(folder, {domain.removeprefix(f"{name}/") for domain in unseen})
+            for name, folder in folders.items()
+        }
+        return joint.join(declaration, opened, path)
     dataset = find_cases(path)
     if dataset.classes:
         return dataset
@@ -99,7 +106,9 @@ def find_cases(path: Path) -> Dataset:
 
 def _layout(path: Path) -> Callable[[Path], Dataset] | None:
     if path.is_file():
-        return _from_manifest if path.suffix.lower() == ".csv" else None
+        return (
+            _from_manifest if path.suffix.lower() == ".csv" else _from_list if joint.is_joint(path) else None
+        )
     if any((path / name).is_file() for name in MANIFESTS):
         return _from_manifest
     if (path / "imagesTr").is_dir() and (path / "dataset.json").is_file():
@@ -109,6 +118,11 @@ def _layout(path: Path) -> Callable[[Path], Dataset] | None:
     if (path / "images").is_dir() or any(_sites_in(path)):
         return _from_folders
     return None
+
+
+def _from_list(path: Path) -> Dataset:
+    declaration, folders = joint.read_joint(path)
+    return joint.join(declaration, {name: find_cases(folder) for name, folder in folders.items()}, path)
 
 
 def _from_manifest(path: Path) -> Dataset:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from anysite.networks import Network
@@ -21,6 +21,7 @@ class Step:
         label: Class indices; zeros where the training uses no labels.
         domain: Index of each sample's site among the training sites.
         progress: Share of training done, 0 to 1, for ramps.
+        known: Which classes each sample's label tells of; none: all of every sample's.
     """
 
     image: Float[Tensor, "b c *s"]
@@ -28,6 +29,7 @@ class Step:
     domain: Int[Tensor, " b"]
     progress: float
     network: Network
+    known: Bool[Tensor, "b k"] | None = None
 
     @cached_property
     def features(self) -> list[Tensor]:

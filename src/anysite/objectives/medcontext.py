@@ -113,7 +113,7 @@ class MedContext(Objective):
         """Return the weighted terms `masked` and, with a teacher, `consistency`."""
         self.progress = step.progress
         masked, scales = self._segment_masked(step)
-        terms = {"masked": self.supervised_weight * self.supervised.compare_scales(scales, step.label)}
+        terms = {"masked": self.supervised_weight * self.supervised.compare_scales(scales, step)}
         if self.consistency_weight:
             targets = self.teacher.segment(step.image, step.network)
             if self.compat == "official":

@@ -96,7 +96,7 @@ class RamDsir(Objective):
         if self.supervised_weight or self.consistency_weight:
             scales = step.network.decode_scales(features)
             if self.supervised_weight:
-                terms["mixed"] = self.supervised_weight * self.supervised.compare_scales(scales, step.label)
+                terms["mixed"] = self.supervised_weight * self.supervised.compare_scales(scales, step)
             if self.consistency_weight:
                 divergence = symmetric_divergence(
                     step.logits.float(), scales[0].float(), self.overlapping, self.compat == "official"

@@ -44,7 +44,8 @@ def draw_case(folder: Path, case_id: str, case: PredictedCase, dataset: Predicte
         prediction = files.read_label(folder / case.mask)
         truth = None
         if case.label and (folder / case.label).is_file():
-            truth = _class_indices(files.read_label(folder / case.label), dataset.label_values)
+            indices = dataset.tasks.get(case.task) or {v: i for i, v in enumerate(dataset.label_values)}
+            truth = _class_indices(files.read_label(folder / case.label), indices)
     except AnysiteError as error:
         return Picture(problem=without_folders(f"A file of this case cannot be read: {error.found}."))
     if any(other is not None and other.shape != image.shape for other in (prediction, truth)):
@@ -78,11 +79,11 @@ def draw_case(folder: Path, case_id: str, case: PredictedCase, dataset: Predicte
     return Picture(svg, slice_text, cropped)
 
 
-def _class_indices(label: Volume, values: list[int]) -> Volume:
-    if not values or values == list(range(len(values))):
+def _class_indices(label: Volume, indices: dict[int, int]) -> Volume:
+    if all(value == index for value, index in indices.items()):
         return label
     result = np.zeros_like(label.array)
-    for index, value in enumerate(values):
+    for value, index in indices.items():
         result[label.array == value] = index
     return label.with_array(result)
 

@@ -96,6 +96,7 @@ class PredictedCase(BaseModel):
     images: list[str] = []
     label: str | None = None
     domain: str = ""
+    task: str = ""
     split: str = "unknown"
     seconds: float | None = None
     error: str | None = None
@@ -103,13 +104,17 @@ class PredictedCase(BaseModel):
 
 
 class PredictedDataset(BaseModel):
-    """The dataset that was predicted; `label_values` are those of its label files, by class index."""
+    """The dataset that was predicted; `label_values` are those of its label files, by class index.
+
+    Of several datasets in one, `tasks` has the class index by label value of each.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
     name: str = ""
     classes: list[str] = []
     label_values: list[int] = []
+    tasks: dict[str, dict[int, int]] = {}
 
 
 class Predictions(BaseModel):
