@@ -26,6 +26,7 @@ from anysite.errors import ConfigError, FileFormatError, RunError
 from anysite.judge import (
     COMBINED,
     EMPTY_REASON,
+    ENSEMBLE_REASON,
     QUALITY,
     REJECT,
     Judge,
@@ -41,7 +42,7 @@ from anysite.predict import predict
 from anysite.references import learn_references
 from anysite.report.read import read_sources
 from anysite.runs import Run
-from anysite.segment import Segmenter, count_agreement, sum_layer
+from anysite.segment import Segmenter, compare_masks, count_agreement, sum_layer
 from anysite.train import train
 from anysite.verdicts import read_verdicts
 from conftest import small_config
@@ -385,10 +386,39 @@ def test_an_ensemble_has_one_verdict_from_both_judges(sites: Dataset, run: Run) 
     assert alone is not None
     assert twice is not None
     assert (alone.decision, alone.reasons) == (twice.decision, twice.reasons)
-    assert twice.scores == {name: max(0.0, score or 0.0) for name, score in alone.scores.items()}
+    own = {name: max(0.0, score or 0.0) for name, score in alone.scores.items()}
+    assert twice.scores == {**own, "ensemble": 0.0}  # a network agrees with itself
     unjudged = replace(run, judge=None)
     assert Segmenter([unjudged]).segment(image).verdict is None
-    assert Segmenter([unjudged, run]).segment(image).verdict == alone
+    assert Segmenter([unjudged, unjudged]).segment(image).verdict is None
+    assert Segmenter([unjudged, run]).segment(image).verdict == twice
+
+
+def test_networks_that_disagree_send_a_mask_to_review() -> None:
+    fine = decide({"histogram": 0.2, "entropy": 0.4}, {})
+    for least_dice, agreement, decision in (
+        (0.7, 0.71, "accept"), (0.7, 0.69, "review"), (0.7, 0.05, "reject"), (0.4, 0.5, "accept"), (0.0, 0.0, "accept"),
+    ):  # fmt: skip
+        verdict = average_verdicts([fine, fine], {}, False, least_dice, agreement)
+        assert verdict.decision == decision, (least_dice, agreement)
+        assert verdict.reasons == (() if decision == "accept" else (ENSEMBLE_REASON,))
+        assert verdict.scores["ensemble"] == pytest.approx((1 - agreement) / (1 - least_dice))
+
+
+def test_agreement_of_masks_is_their_mean_pairwise_dice() -> None:
+    rng = np.random.default_rng(0)
+    views = [rng.random((2, 6, 7)) < share for share in (0.3, 0.5, 0.8)]
+    pairs = [(views[0], views[1]), (views[0], views[2]), (views[1], views[2])]
+    expected = [
+        2 * (a & b).sum() / (a.sum() + b.sum())
+        for one, other in pairs
+        for a, b in zip(one, other, strict=True)
+    ]
+    assert compare_masks(views) == pytest.approx(np.mean(expected))
+    nothing = np.zeros((2, 6, 7), bool)
+    assert compare_masks([nothing, nothing]) == 1
+    # What only one of them found is a disagreement, what none found is none.
+    assert compare_masks([nothing, np.stack([nothing[0], ~nothing[1]])]) == 0
 
 
 def test_references_hold_no_image_and_an_altered_judge_is_noticed(run: Run, tmp_path: Path) -> None:

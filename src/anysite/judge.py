@@ -17,8 +17,10 @@ LEAST = 5  # distances that a limit can be learned from, and patients that one c
 REJECT = 3.0  # times as far beyond the usual as where a review begins
 EMPTY_REASON = "nothing was found, which was so in fewer than one of twenty images known"
 COMBINED, QUALITY = "combined", "quality"  # scores that rest on those of all detectors
+ENSEMBLE = "ensemble"  # disagreement of several networks
 COMBINED_REASON = "several signs together are unlike those of images it knows"
 QUALITY_REASON = "a lower Dice is to be expected than on images it knows"
+ENSEMBLE_REASON = "the networks segment it differently"
 Decision = Literal["accept", "review", "reject"]
 
 
@@ -251,17 +253,25 @@ def decide(
 
 
 def average_verdicts(
-    verdicts: Sequence[Verdict], reasons: Mapping[str, str], empty: bool, least_dice: float = 0.0
+    verdicts: Sequence[Verdict],
+    reasons: Mapping[str, str],
+    empty: bool,
+    least_dice: float = 0.0,
+    agreement: float | None = None,
 ) -> Verdict:
     """Return the verdict of several runs on one image, from the means of their scores, below 0 counted as 0.
+
+    What they agree on needs no reference images: a review begins where their masks share less than the least Dice to
+    be expected (pairwise Dice; Zenk et al., 2025, https://arxiv.org/abs/2406.03323).
 
     Args:
         verdicts: One a run that judges.
         reasons: Of every detector.
         empty: Whether the mask they made together is.
         least_dice: As each of them was judged by.
+        agreement: The mean Dice of each two of their masks; none of a single run.
     """
-    if len(verdicts) == 1:
+    if len(verdicts) == 1 and agreement is None:
         return verdicts[0]
     names = dict.fromkeys(name for verdict in verdicts for name in verdict.scores)
     means = {}
@@ -271,10 +281,12 @@ def average_verdicts(
     odd = empty and any(EMPTY_REASON in verdict.reasons for verdict in verdicts)
     known = [verdict.predicted_dice for verdict in verdicts if verdict.predicted_dice is not None]
     expected = None
-    if len(known) == len(verdicts):
+    if agreement is not None:
+        means[ENSEMBLE] = (1 - agreement) / max(1 - least_dice, 1e-9)
+    if known and len(known) == len(verdicts):
         low, middle, high = np.mean(known, 0).tolist()
         expected = low, middle, high
-    return decide(means, reasons, odd, expected, least_dice)
+    return decide(means, {**reasons, ENSEMBLE: ENSEMBLE_REASON}, odd, expected, least_dice)
 
 
 def _find_limit(distances: Sequence[float], share: float) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from anysite import compute
@@ -112,11 +112,14 @@ class Segmenter:
         """
         total: np.ndarray | None = None
         verdicts: list[Verdict] = []
+        views: list[np.ndarray] = []
         for member, judge in zip(self.members, self.judges, strict=True):
             output = self._predict(member.plan.to_grid(image), member, watch=judge is not None)
             if judge is not None:
                 verdicts.append(judge.judge(output, self.settings.least_dice))
             probabilities = member.plan.from_grid(torch.from_numpy(output.probabilities), image).array
+            if len(self.members) > 1:
+                views.append(self._as_maps(probabilities))
             total = probabilities if total is None else total + probabilities
         assert total is not None
         mean = image.with_array(total / len(self.members))
@@ -124,7 +127,8 @@ class Segmenter:
         verdict = None
         if verdicts:
             empty, least_dice = not label.array.any(), self.settings.least_dice
-            verdict = average_verdicts(verdicts, self.reasons, empty, least_dice)
+            agreement = compare_masks(views) if views else None
+            verdict = average_verdicts(verdicts, self.reasons, empty, least_dice, agreement)
         return Prediction(label, mean, self.temperature, bool(self.plan.regions), verdict)
 
     def observe(self, image: Volume, flips: bool | None = None) -> Output:
@@ -140,6 +144,12 @@ class Segmenter:
     def label_of(self, output: Output, image: Volume) -> Volume:
         """Return the label map on an image's own grid that an output of the first run's network means."""
         return self.plan.decide(self.plan.from_grid(torch.from_numpy(output.probabilities), image))
+
+    def _as_maps(self, probabilities: Float[np.ndarray, "k *s"]) -> Bool[np.ndarray, "m *s"]:
+        """Return which voxels belong to every region, or every class but the background."""
+        if self.plan.regions:
+            return probabilities > 0.5
+        return self.plan.as_maps(probabilities.argmax(0))[1:]
 
     def _place(self, network: Network, path: Path) -> Network:
         if self.settings.normalisation == "batch":
@@ -219,6 +229,12 @@ def count_agreement(views: Sequence[Float[Tensor, "b k *s"]], overlapping: bool)
     with torch.autocast(positions.device.type, enabled=False):
         shared = positions @ positions.mT
     return Agreement(shared.permute(1, 2, 0).double().cpu().numpy())
+
+
+def compare_masks(views: Sequence[Bool[np.ndarray, "m *s"]]) -> float:
+    """Return the mean Dice of each two of several segmentations of one image, over what either found."""
+    shared = [[[(a & b).sum() for a, b in zip(one, other, strict=True)] for other in views] for one in views]
+    return Agreement(np.array(shared, float)).pairwise_dice
 
 
 def use_batch_statistics(network: nn.Module, where: Path) -> None:
