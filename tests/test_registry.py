@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from anysite import registry
+from anysite.adapters import Adapter
 from anysite.config import load
 from anysite.detectors import Detector
 from anysite.errors import ConfigError
@@ -22,7 +23,7 @@ from anysite.objectives import Objective
 from anysite.plan import Normalisation, Plan
 
 REGISTERED = [(kind, name) for kind, table in registry.TABLES.items() for name in table]
-BASES = {"network": Network, "objective": Objective, "detector": Detector}
+BASES = {"network": Network, "objective": Objective, "detector": Detector, "adapter": Adapter}
 PLUGIN = "site_plugin:Plain"
 PLUGIN_SOURCE = """
 from anysite.networks.unet import UNet

@@ -14,14 +14,15 @@ from typing import Any
 
 from filelock import FileLock
 
-from anysite import compute, config
+from anysite import compute, config, registry
 from anysite.calibration import CALIBRATION_METRICS
+from anysite.config import PredictSettings, choose_adapter
 from anysite.corrupt import CORRUPTIONS, fingerprint
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
 from anysite.errors import AnysiteError, ConfigError, InterruptedTraining
 from anysite.evaluate import Row, read_rows, write_rows
-from anysite.experiment import Job, name_of, score_job, topic_of
+from anysite.experiment import UNADAPTED, Job, name_of, score_job, topic_of
 from anysite.judgement import VERDICT
 from anysite.metrics import METRICS
 
@@ -49,6 +50,7 @@ def list_jobs(
     corruptions: Sequence[str] = (),
     severities: Sequence[int] = (1, 2, 3, 4, 5),
     others: Sequence[Path] = (),
+    adapt: Sequence[str] = (),
 ) -> list[Job]:
     """Return the jobs of a protocol: every site left out in turn, every site alone, or all sites pooled.
 
@@ -59,6 +61,7 @@ def list_jobs(
         corruptions: Which corruptions of the held-out images to score as well, or "all".
         severities: Of the corruptions.
         others: Paths of other datasets, whose images are judged.
+        adapt: Adapters to score all images with.
         labels: From how many labelled patients to learn, None for all; fewer are a subset of more.
 
     Raises:
@@ -89,6 +92,10 @@ def list_jobs(
     named = tuple((open_dataset(path).name, str(path)) for path in others)
     if same := [name for name, _ in named if [dataset.name, *(known for known, _ in named)].count(name) > 1]:
         raise ConfigError(f"another dataset named {same[0]!r}", expected="a dataset of another name")
+    adapters = dict.fromkeys([UNADAPTED, *adapt])
+    for name in adapters:
+        if (method := choose_adapter(PredictSettings(), name).adapt.method) not in (UNADAPTED, "auto"):
+            registry.find("adapter", method)
     domains = tuple(dict.fromkeys(case.domain for case in dataset.labelled))
     if test_domains and protocol != "leave-one-out":
         raise ConfigError(f"test sites with protocol {protocol!r}", expected="leave-one-out")
@@ -107,7 +114,7 @@ def list_jobs(
     return [
         Job(str(dataset_path), dataset.name, method, tuple(overrides), seed, out,
             tuple(d for d in domains if d not in out), budget_s, tuple(metrics), count,
-            corruptions, tuple(severities), named)
+            corruptions, tuple(severities), named, tuple(adapters))
         for seed in seeds for count in labels for out in left_out for method in methods
     ]  # fmt: skip
 

@@ -189,6 +189,27 @@ class TrainSettings(Settings):
     threads: int = Field(default=0, ge=0, description="CPU threads; 0: all cores")
 
 
+class AdaptSettings(Settings):
+    """Test-time adaptation of a copy of the network to one image, and what keeps it from doing harm."""
+
+    method: str = Field(
+        default="none",
+        description="adapter; none: no adaptation; auto: refseg where the run has what it needs",
+    )
+    settings: dict[str, Any] = Field(default_factory=dict, description="of the adapter")
+    windows: int = Field(default=8, gt=0, description="of the image, that hold most, adapted by")
+    only_shifted: bool = Field(
+        default=True, description="adapt to images alone that the judge finds unlike those known"
+    )
+    guard: bool = Field(default=True, description="undo what fails the checks below")
+    volume_ratio: Range = Field(default=(0.5, 2.0), description="of what is found after and before")
+    least_agreement: float = Field(default=0.7, ge=0, le=1, description="Dice of the masks before and after")
+    most_changed: float = Field(default=0.5, ge=0, description="voxels that changed over those found before")
+    agreement_fall: float = Field(
+        default=0.02, ge=0, description="mirrored views may agree less by so much Dice"
+    )
+
+
 class PredictSettings(Settings):
     """Sliding-window inference."""
 
@@ -207,10 +228,22 @@ class PredictSettings(Settings):
         default=None,
         description="of a run trained on several datasets the one that images are like; none: nobody says which",
     )
+    adapt: AdaptSettings = AdaptSettings()
     normalisation: Literal["eval", "batch"] = Field(
         default="eval",
         description="batch: batch normalisation by the statistics of each batch of test windows",
     )
+
+
+def choose_adapter(settings: PredictSettings, name: str) -> PredictSettings:
+    """Return settings with an adapter by name; with ":always" behind it, for every image and without checks."""
+    method, _, how = name.partition(":")
+    if how not in ("", "always"):
+        raise ConfigError(f"{name!r}", where="adapt", expected=f"{method} or {method}:always")
+    changes: dict[str, Any] = {"method": method}
+    if how:
+        changes |= {"only_shifted": False, "guard": False}
+    return settings.model_copy(update={"adapt": settings.adapt.model_copy(update=changes)})
 
 
 class CalibrationSettings(Settings):

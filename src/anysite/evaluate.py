@@ -20,7 +20,7 @@ from anysite.data.case import Case, Dataset
 from anysite.data.probabilities import read_probabilities
 from anysite.data.volume import Volume
 from anysite.errors import AnysiteError, DataError, FileFormatError, GeometryError, LabelError
-from anysite.judgement import DECISIONS, PREDICTED, SCORE, VERDICT, is_judgement
+from anysite.judgement import ADAPTED, DECISIONS, PREDICTED, SCORE, VERDICT, is_judgement
 from anysite.manifest import MANIFESTS, mask_suffix, probabilities_name, read_manifests
 from anysite.metrics import METRICS, Score, score_case
 
@@ -95,7 +95,8 @@ def evaluate(
             result: list[Score] | str = _score_mask(case, path, dataset, bool(manifest["runs"]), tolerance)
             if (digest := manifest["files"].get(probabilities_name(case))) and scored_alike:
                 result += _score_saved(path, digest, case, dataset)
-            result += describe_verdict(manifest["cases"].get(case.id, {}).get("verdict"))
+            entry = manifest["cases"].get(case.id, {})
+            result += describe_verdict(entry.get("verdict")) + describe_adaptation(entry.get("adaptation"))
         except AnysiteError as error:
             result = str(error)
         on_case(case.id)
@@ -176,6 +177,14 @@ def describe_verdict(verdict: Mapping[str, Any] | None) -> list[Score]:
     if verdict.get("predicted_dice"):
         values |= dict(zip(PREDICTED, verdict["predicted_dice"], strict=True))
     return [Score(ALL_CLASSES, name, value, "1") for name, value in values.items()]
+
+
+def describe_adaptation(adaptations: Sequence[Mapping[str, Any]] | None) -> list[Score]:
+    """Return whether the mask is that of a network adapted to the image; nothing where none was asked for."""
+    if not adaptations:
+        return []
+    kept = float(any(adaptation["kept"] for adaptation in adaptations))
+    return [Score(ALL_CLASSES, ADAPTED, kept, "1")]
 
 
 def rows_of(scores: Sequence[Score], case: Case, split: str, common: Row) -> list[Row]:

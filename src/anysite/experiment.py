@@ -20,15 +20,17 @@ from anysite.errors import AnysiteError, DataError
 from anysite.evaluate import (
     ALL_CLASSES,
     Row,
+    describe_adaptation,
     describe_verdict,
     evaluate,
     rows_of,
     score_probabilities,
     score_volume,
 )
-from anysite.judgement import VERDICT, is_judgement
+from anysite.judgement import ADAPTED, VERDICT, is_judgement
 from anysite.metrics import METRICS, Score
 
+UNADAPTED = "none"  # no adapter
 OTHER = "other"  # the split of images of another dataset
 OTHER_CASES = 40  # of another dataset at most
 
@@ -39,6 +41,7 @@ class Job:
 
     Attributes:
         others: Name and path of other datasets, whose images are judged.
+        adapt: With which adapters all images are scored, "none" for none.
     """
 
     dataset_path: str
@@ -54,6 +57,7 @@ class Job:
     corruptions: tuple[str, ...] = ()
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     others: tuple[tuple[str, str], ...] = ()
+    adapt: tuple[str, ...] = (UNADAPTED,)
 
     @property
     def name(self) -> str:
@@ -85,8 +89,10 @@ class Job:
         others = {(VERDICT, f"{OTHER}/{name}", 0) for name, _ in self.others}
         corrupted = itertools.product(map(version_of, self.corruptions), self.severities)
         pictures = [("", 0), *corrupted]
+        adapted = [name for name in self.adapt if name != UNADAPTED]
         return (
             {(metric, *picture) for metric in self.metrics for picture in pictures}
+            | {(ADAPTED, *picture, name) for picture in pictures for name in adapted}
             | others
             | {("run", "", 0)}
         )
@@ -136,11 +142,15 @@ def score_job(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Ro
     if (VERDICT in job.metrics or job.others) and run.judge is None:
         raise DataError("a run that does not judge", where=job.dataset, fix="drop verdict from --metrics")
     began = time.monotonic()
-    rows = _score_images(job, run, held_out + test, dataset, folder / "masks", threads)
+    rows = _score_images(job, run, held_out + test, dataset, folder / "masks", threads, UNADAPTED)
     learned_from = _patients_judged_from(run, dataset)
     predicting_s = time.monotonic() - began
     common = rows[0] | {"domain": "", "patient": "", "case": "", "class": ""}
-    rows += _score_corrupted(job, run, held_out, dataset, common)
+    for adapt in job.adapt:
+        if adapt != UNADAPTED:
+            masks = folder / f"masks_{adapt.replace(':', '_')}"
+            rows += _score_images(job, run, held_out + test, dataset, masks, threads, adapt)
+        rows += _score_corrupted(job, run, held_out, dataset, common | {"adapt": adapt})
     for name, path in job.others:
         rows += _judge_others(job, run, name, Path(path), common)
     costs: list[tuple[str, Any, str]] = [
@@ -163,7 +173,9 @@ def topic_of(row: Row) -> tuple[Any, ...]:
         return "run", "", 0
     if row.get("split") == OTHER:
         return row.get("metric"), f"{OTHER}/{row.get('other')}", 0
-    return row.get("metric"), row.get("corruption_version", ""), row.get("severity", 0)
+    adapt = row.get("adapt", UNADAPTED)
+    more = () if adapt in ("", UNADAPTED) else (adapt,)
+    return row.get("metric"), row.get("corruption_version", ""), row.get("severity", 0), *more
 
 
 @cache
@@ -178,16 +190,22 @@ def name_of(method: str) -> str:
 
 
 def _score_images(
-    job: Job, run: runs.Run, cases: Sequence[Case], dataset: Dataset, masks: Path, threads: int
+    job: Job,
+    run: runs.Run,
+    cases: Sequence[Case],
+    dataset: Dataset,
+    masks: Path,
+    threads: int,
+    adapt: str,
 ) -> list[Row]:
     from anysite.predict import predict
 
     save = not CALIBRATION_METRICS.keys().isdisjoint(job.metrics)
-    outcomes = list(predict([run], cases, masks, dataset=dataset, save_probabilities=save))
+    outcomes = list(predict([run], cases, masks, dataset=dataset, save_probabilities=save, adapt=adapt))
     # The splits list the sites in the order of their cases, which may differ from the job's.
     context = {
         "train_domains": "+".join(job.train_domains), "overrides": " ".join(job.overrides), "job": job.digest,
-        "labels": str(job.settings.train.labelled_patients or "all"),
+        "labels": str(job.settings.train.labelled_patients or "all"), "adapt": adapt,
     }  # fmt: skip
     result = evaluate(masks, dataset, threads=threads, context=context)
     if result.failed or any(outcome.status == "failed" for outcome in outcomes):
@@ -206,7 +224,8 @@ def _score_corrupted(
         return []
     from anysite.segment import Segmenter
 
-    segmenter, rows = Segmenter([run]), []
+    settings = config.choose_adapter(run.config.predict, common["adapt"])
+    segmenter, rows = Segmenter([run], settings), []
     masked = [metric for metric in job.metrics if metric in METRICS]
     calibrated = [metric for metric in job.metrics if metric in CALIBRATION_METRICS]
     for case in cases:
@@ -221,6 +240,7 @@ def _score_corrupted(
                 scores += score_probabilities(chances, prediction.label, label, dataset, calibrated)
             if prediction.verdict:
                 scores += describe_verdict(asdict(prediction.verdict))
+            scores += describe_adaptation([asdict(one) for one in prediction.adaptations])
             place = common | {
                 "corruption": name, "severity": severity, "corruption_version": version_of(name)
             }  # fmt: skip
@@ -254,7 +274,7 @@ def _patients_judged_from(run: runs.Run, dataset: Dataset) -> set[tuple[str, str
 
 
 def _is_wanted(metric: str, wanted: Sequence[str]) -> bool:
-    return metric in wanted or (VERDICT in wanted and is_judgement(metric))
+    return metric in wanted or metric == ADAPTED or (VERDICT in wanted and is_judgement(metric))
 
 
 def _peak_memory_mb() -> float | None:

@@ -90,6 +90,11 @@ class Judge:
         told = {name: detector.reason for name, detector in self.detectors.items()}
         return told | {COMBINED: COMBINED_REASON, QUALITY: QUALITY_REASON}
 
+    @property
+    def shift_scores(self) -> set[str]:
+        """The scores that speak of the image, and not of its mask."""
+        return {COMBINED, *(name for name, detector in self.detectors.items() if detector.of_shift)}
+
     def describe(self, output: Output) -> dict[str, Vector]:
         """Return the vector of every detector that can describe an output, all that needs to be kept of it.
 
@@ -153,8 +158,7 @@ class Judge:
             scores[COMBINED] = self._relative(COMBINED, float(signs @ self.weights[COMBINED]))
             middle = float(quality.predict_dice(self.weights[QUALITY], signs[None])[0])
             scores[QUALITY] = self._relative(QUALITY, 1 - middle)
-            of_shift = [COMBINED, *(name for name, detector in self.detectors.items() if detector.of_shift)]
-            if all(scores[name] <= 1 for name in of_shift):
+            if all(scores[name] <= 1 for name in self.shift_scores):
                 below, above = self.margins
                 expected = max(0.0, middle + below), middle, min(1.0, middle + above)
         return decide(scores, self.reasons, self._is_odd(described), expected, least_dice)

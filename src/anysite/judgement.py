@@ -13,6 +13,7 @@ from anysite.errors import DataError
 
 Values = Float[np.ndarray, " _"]
 Numbers = Sequence[float] | Values
+ADAPTED = "adapted"  # rows of whether a mask is that of an adapted network, 0 or 1
 VERDICT, SCORE = "verdict", "score_"  # rows of what was said of a mask, and of what each detector gave
 PREDICTED = ("predicted_dice_low", "predicted_dice", "predicted_dice_high")
 DECISIONS = ("accept", "review", "reject")  # as 0, 1 and 2 in rows
@@ -20,8 +21,8 @@ SENSITIVITY = 0.95
 
 
 def is_judgement(metric: str) -> bool:
-    """Tell whether a row's metric speaks of the verdict and not of the mask."""
-    return metric == VERDICT or metric in PREDICTED or metric.startswith(SCORE)
+    """Tell whether a row's metric speaks of how the mask came about, or of the verdict, and not of the mask."""
+    return metric in (VERDICT, ADAPTED) or metric in PREDICTED or metric.startswith(SCORE)
 
 
 def suspicion(scores: Mapping[str, float | None]) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anysite import __version__, runs
+from anysite.config import choose_adapter
 from anysite.data import files
 from anysite.data.case import Case, Dataset
 from anysite.data.layouts import find_cases, open_dataset, open_images
@@ -30,6 +31,7 @@ from anysite.segment import Prediction, Segmenter
 from anysite.verdicts import VERDICT_FILES, write_verdicts
 
 __all__ = [
+    "UNADAPTED",
     "CaseOutcome",
     "manifest_path",
     "open_input",
@@ -40,6 +42,8 @@ __all__ = [
     "split_of",
     "write_probabilities",
 ]
+
+UNADAPTED = "unadapted"  # where masks lie as they were without adaptation
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ def predict(
     calibrate: bool | None = None,
     least_dice: float | None = None,
     task: str | None = None,
+    adapt: str | None = None,
     save_probabilities: bool = False,
     part: str = "1/1",
     referral: float | None = None,
@@ -124,10 +129,11 @@ def predict(
     image is skipped. A case that fails is entered with its error and the rest goes on.
 
     Args:
-        flips: Whether to average over mirrored views; like the three after it, none: as the first run's settings.
+        flips: Whether to average over mirrored views; like the four after it, none: as the first run's settings.
         calibrate: Whether saved probabilities are scaled by the run's temperature.
         least_dice: A mask of which a lower Dice is to be expected is sent to review.
         task: Of runs trained on several datasets, the one that all images are like.
+        adapt: Adapter of a copy of the network to each image, "auto" or "none"; NAME:always without checks.
         referral: Share of the cases that a person can look at, for the verdicts of all of them together.
         dataset: What the cases are of, for the manifest.
         sites_known: Whether the domains of the cases are sites, and not just names of folders.
@@ -145,6 +151,8 @@ def predict(
     settings = run_folders[0].config.predict
     asked = {"flips": flips, "calibrate": calibrate, "least_dice": least_dice, "task": task}
     settings = settings.model_copy(update={name: value for name, value in asked.items() if value is not None})
+    if adapt is not None:
+        settings = choose_adapter(settings, adapt)
     origin = {
         "runs": [
             [run.manifest["files"].get(name) for name in (runs.WEIGHTS, runs.CALIBRATION, runs.JUDGE)]
@@ -160,7 +168,8 @@ def predict(
         "settings": settings.model_dump(mode="json"),
     }
     manifest = Manifest(output, part, runs.fingerprint(origin), facts)
-    outputs = [name for case in share for name in _outputs_of(case, save_probabilities)]
+    adapting = settings.adapt.method != "none"
+    outputs = [name for case in share for name in _outputs_of(case, save_probabilities, adapting)]
     manifest.require_free([*outputs, *VERDICT_FILES])
     manifest.claim(VERDICT_FILES)
     manifest.write()
@@ -189,7 +198,7 @@ def _attempt_case(
     """Predict one case, and enter in the manifest what became of it."""
     began = time.monotonic()
     entry = describe_case(case, manifest.output) | {"split": split}
-    manifest.claim(_outputs_of(case, save_probabilities))
+    manifest.claim(_outputs_of(case, save_probabilities, segmenter.settings.adapt.method != "none"))
     error = ""
     try:
         entry |= _predict_case(segmenter, case, manifest, save_probabilities)
@@ -198,7 +207,7 @@ def _attempt_case(
         error = describe_error(caught)
         entry |= {"status": "failed", "error": _without_folders(error, case, manifest.output)}
         # Files of an earlier call would pass for this one's.
-        manifest.remove_files(_outputs_of(case, probabilities=True))
+        manifest.remove_files(_outputs_of(case, probabilities=True, adapting=True))
     seconds = time.monotonic() - began
     manifest.cases[case.id] = entry | {"seconds": round(seconds, 3)}
     manifest.write()
@@ -218,10 +227,19 @@ def _predict_case(
         manifest.add_file(probabilities)
     else:
         manifest.remove_files([probabilities])  # of another mask
+    unadapted = f"{UNADAPTED}/{mask}"
+    if prediction.unadapted is not None:
+        (manifest.output / UNADAPTED).mkdir(exist_ok=True)
+        files.write_label(prediction.unadapted, manifest.output / unadapted)
+        manifest.add_file(unadapted)
+    else:
+        manifest.remove_files([unadapted])
+    adaptation = [asdict(one) for one in prediction.adaptations]
     verdict = asdict(prediction.verdict) if prediction.verdict else None
     images = image_digests(case)
     return {
         "verdict": verdict,
+        **({"adaptation": adaptation} if adaptation else {}),
         "status": "done",
         "mask": mask,
         "sha256": digest,
@@ -241,8 +259,9 @@ def _role_of(case: Case, run: Run) -> str:
     return next((split for role, split in roles.items() if case.id in run.splits.get(role, ())), "unknown")
 
 
-def _outputs_of(case: Case, probabilities: bool) -> list[str]:
-    return [mask_name(case), *([probabilities_name(case)] if probabilities else [])]
+def _outputs_of(case: Case, probabilities: bool, adapting: bool) -> list[str]:
+    more = [probabilities_name(case)] if probabilities else []
+    return [mask_name(case), *more, *([f"{UNADAPTED}/{mask_name(case)}"] if adapting else [])]
 
 
 def _inputs_of(case: Case) -> list[Path]:

@@ -31,6 +31,16 @@ OBJECTIVES = {
     "auxiliary_reconstruction": "anysite.objectives.auxiliary_reconstruction:AuxiliaryReconstruction",
     "tile_autoencoder": "anysite.objectives.tile_autoencoder:TileAutoencoder",
     "masked_autoencoder": "anysite.objectives.masked_autoencoder:MaskedAutoencoder",
+    "reflection": "anysite.objectives.reflection:Reflection",
+}
+
+ADAPTERS = {
+    "refseg": "anysite.adapters.refseg:RefSeg",
+    "tent": "anysite.adapters.tent:Tent",
+    "reliable_entropy": "anysite.adapters.reliable_entropy:ReliableEntropy",
+    "denoising_prior": "anysite.adapters.denoising_prior:DenoisingPrior",
+    "fourier_prompt": "anysite.adapters.fourier_prompt:FourierPrompt",
+    "batch_statistics": "anysite.adapters.batch_statistics:BatchStatistics",
 }
 
 DETECTORS = {
@@ -43,7 +53,7 @@ DETECTORS = {
     "pairwise_dice": "anysite.detectors.pairwise_dice:PairwiseDice",
 }
 
-TABLES = {"network": NETWORKS, "objective": OBJECTIVES, "detector": DETECTORS}
+TABLES = {"network": NETWORKS, "objective": OBJECTIVES, "detector": DETECTORS, "adapter": ADAPTERS}
 
 _plugins: set[str] = set()
 

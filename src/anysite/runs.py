@@ -22,19 +22,20 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from anysite import __version__, atomic, config
+from anysite import __version__, atomic, config, registry
 from anysite.calibration import Temperature
 from anysite.errors import AnysiteError, ConfigError, RunError
 from anysite.judge import Judge
 from anysite.learner import build_network
 from anysite.networks import Network
+from anysite.objectives.reflection import Reflection
 from anysite.plan import Plan
 
 CONFIG, PLAN, SPLITS, WEIGHTS = "config.json", "plan.json", "splits.json", "weights.safetensors"
 CHECKPOINT, MANIFEST, LOG = "checkpoint.safetensors", "run.json", "log.jsonl"
-CALIBRATION, JUDGE = "calibration.json", "judge.safetensors"
+CALIBRATION, JUDGE, REFLECTION = "calibration.json", "judge.safetensors", "reflection.safetensors"
 SEALED = (CONFIG, PLAN, SPLITS, WEIGHTS)
 VERSIONED = ("torch", "monai", "lightning-fabric", "numpy", "nibabel", "scipy")
 
@@ -64,21 +65,38 @@ class Run:
             RunError: the weights do not fit the network that the configuration describes.
         """
         network = build_network(self.config, self.plan)
-        weights, _ = load_tensors(self.path / WEIGHTS)
-        expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-        found = {name: tuple(t.shape) for name, t in weights.items()}
-        if expected != found:
-            odd = sorted(
-                name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-            )
-            raise RunError(
-                f"{len(odd)} tensors that do not fit, such as {odd[0]} ({found.get(odd[0])})",
-                where=self.path / WEIGHTS,
-                expected=f"{expected.get(odd[0])}, as config.json and plan.json describe the network",
-                fix="restore the folder from its source",
-            )
-        network.load_state_dict(weights)
+        _load_weights(network, self.path / WEIGHTS)
         return network.eval()
+
+    def reflection(self) -> Reflection | None:
+        """Build what test-time reflection needs and load its weights; none where the training had no such objective.
+
+        Raises:
+            RunError: the weights do not fit what the configuration describes.
+        """
+        if REFLECTION not in self.manifest["files"]:
+            return None
+        reflection: Reflection = registry.build(
+            "objective", "reflection", **self.config.objectives["reflection"]
+        )
+        reflection.attach(build_network(self.config, self.plan), self.plan, ())
+        _load_weights(reflection, self.path / REFLECTION)
+        return reflection.eval().requires_grad_(False)
+
+
+def _load_weights(module: nn.Module, path: Path) -> None:
+    weights, _ = load_tensors(path)
+    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in weights.items()}
+    if expected != found:
+        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise RunError(
+            f"{len(odd)} tensors that do not fit, such as {odd[0]} ({found.get(odd[0])})",
+            where=path,
+            expected=f"{expected.get(odd[0])}, as config.json and plan.json describe the network",
+            fix="restore the folder from its source",
+        )
+    module.load_state_dict(weights)
 
 
 def open_run(path: Path) -> Run:
@@ -220,19 +238,23 @@ def finish(
     network: Network,
     calibration: Mapping[str, Any] | None = None,
     judge: Judge | None = None,
+    reflection: nn.Module | None = None,
     **facts: Any,
 ) -> None:
-    """Write weights, calibration and judge and seal the folder: a digest of every file that prediction relies on."""
+    """Write all that was learned and seal the folder: a digest of every file that prediction relies on."""
     save_tensors(path / WEIGHTS, network.state_dict())
     if calibration is not None:
         atomic.write_json(path / CALIBRATION, dict(calibration))
     if judge is not None:
         arrays, learned = judge.memory()
         save_tensors(path / JUDGE, {name: torch.from_numpy(a.copy()) for name, a in arrays.items()}, learned)
+    if reflection is not None:
+        save_tensors(path / REFLECTION, reflection.state_dict())
     manifest = {k: v for k, v in read_manifest(path).items() if k != "files"}
     manifest.update(facts, finished=True, finished_at=now(), versions=versions(), commit=commit())
     names = [*SEALED]
-    names += [name for name, part in ((CALIBRATION, calibration), (JUDGE, judge)) if part is not None]
+    parts = ((CALIBRATION, calibration), (JUDGE, judge), (REFLECTION, reflection))
+    names += [name for name, part in parts if part is not None]
     manifest["files"] = {name: atomic.sha256(path / name) for name in names}
     atomic.write_json(path / MANIFEST, manifest)
     (path / CHECKPOINT).unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,18 +13,28 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from anysite import compute
+from anysite import compute, registry
+from anysite.adapters import Adapter
 from anysite.calibration import Temperature
 from anysite.config import Config, PredictSettings
 from anysite.data.volume import Volume
 from anysite.detectors import Agreement, Layer, Output, add_layers
 from anysite.errors import ConfigError, RunError
-from anysite.judge import Verdict, average_verdicts
+from anysite.guard import (
+    NO_BETTER,
+    NOTHING_FOUND,
+    Adaptation,
+    find_fault,
+    find_foreground,
+    find_reason_against,
+)
+from anysite.judge import Judge, Verdict, average_verdicts
 from anysite.networks import Network
-from anysite.patches import slide
+from anysite.patches import cut_patch, place_windows, slide
 from anysite.plan import Plan
 from anysite.runs import Run, is_pretraining
 
+AUTO = "refseg"  # the adapter of `auto`
 POSITIONS = 4096  # of a window that a layer's sums are taken over
 
 
@@ -38,6 +48,8 @@ class Prediction:
         temperature: That calibrates them; it changes no voxel of the label.
         overlapping: Whether they are of regions.
         verdict: What to do with the label; none where no run has a judge.
+        adaptations: What became of adapting each run's network to the image; empty where none was asked for.
+        unadapted: The label without adaptation, where that differs.
     """
 
     label: Volume
@@ -45,6 +57,8 @@ class Prediction:
     temperature: Temperature
     overlapping: bool
     verdict: Verdict | None
+    adaptations: tuple[Adaptation, ...] = ()
+    unadapted: Volume | None = None
 
     @property
     def probabilities(self) -> Volume:
@@ -97,6 +111,9 @@ class Segmenter:
             for network, run in zip(loaded, runs, strict=True)
         ]
         self.judges = [run.judge for run in runs]
+        self.adapters = [
+            self._build_adapter(run, member) for run, member in zip(runs, self.members, strict=True)
+        ]
         self.reasons = {name: text for judge in self.judges if judge for name, text in judge.reasons.items()}
         self.plan = runs[0].plan
         # The mean of several is less sure than each of them, so that their temperatures would overdo it.
@@ -110,26 +127,41 @@ class Segmenter:
         Raises:
             GeometryError: the image has other channels or spatial axes than the training cases had.
         """
-        total: np.ndarray | None = None
         verdicts: list[Verdict] = []
-        views: list[np.ndarray] = []
-        for member, judge in zip(self.members, self.judges, strict=True):
-            output = self._predict(member.plan.to_grid(image), member, watch=judge is not None)
+        adaptations: list[Adaptation] = []
+        maps: list[np.ndarray] = []
+        unadapted: list[np.ndarray] = []
+        for member, judge, adapter in zip(self.members, self.judges, self.adapters, strict=True):
+            grid = member.plan.to_grid(image)
+            before = after = self._predict(grid, member, watch=judge is not None)
+            verdict = None
             if judge is not None:
-                verdicts.append(judge.judge(output, self.settings.least_dice))
-            probabilities = member.plan.from_grid(torch.from_numpy(output.probabilities), image).array
-            if len(self.members) > 1:
-                views.append(self._as_maps(probabilities))
-            total = probabilities if total is None else total + probabilities
-        assert total is not None
-        mean = image.with_array(total / len(self.members))
+                verdict = judge.judge(before, self.settings.least_dice)
+                verdicts.append(verdict)
+            if adapter is not None:
+                adaptation, after = self._adapt(grid, member, adapter, before, verdict, judge)
+                adaptations.append(adaptation)
+            maps.append(member.plan.from_grid(torch.from_numpy(after.probabilities), image).array)
+            same = after is before
+            plain = (
+                maps[-1]
+                if same
+                else member.plan.from_grid(torch.from_numpy(before.probabilities), image).array
+            )
+            unadapted.append(plain)
+        mean = image.with_array(_average(maps))
         label = self.plan.decide(mean)
+        first = None
+        if any(adaptation.kept for adaptation in adaptations):
+            first = self.plan.decide(image.with_array(_average(unadapted)))
+        views = [self._as_maps(one) for one in maps] if len(maps) > 1 else []
         verdict = None
         if verdicts:
             empty, least_dice = not label.array.any(), self.settings.least_dice
             agreement = compare_masks(views) if views else None
             verdict = average_verdicts(verdicts, self.reasons, empty, least_dice, agreement)
-        return Prediction(label, mean, self.temperature, bool(self.plan.regions), verdict)
+        overlapping = bool(self.plan.regions)
+        return Prediction(label, mean, self.temperature, overlapping, verdict, tuple(adaptations), first)
 
     def observe(self, image: Volume, flips: bool | None = None) -> Output:
         """Return what an image makes of the first run's network, on its plan's grid.
@@ -144,6 +176,55 @@ class Segmenter:
     def label_of(self, output: Output, image: Volume) -> Volume:
         """Return the label map on an image's own grid that an output of the first run's network means."""
         return self.plan.decide(self.plan.from_grid(torch.from_numpy(output.probabilities), image))
+
+    def _build_adapter(self, run: Run, member: _Member) -> Adapter | None:
+        method = self.settings.adapt.method
+        if method == "none":
+            return None
+        reflection = run.reflection()
+        if method == "auto":
+            if reflection is None:
+                return None
+            method = AUTO
+        adapter: Adapter = registry.build("adapter", method, **self.settings.adapt.settings)
+        adapter.name = method
+        adapter.attach(
+            member.network, member.plan, None if reflection is None else reflection.to(self.device)
+        )
+        return adapter
+
+    def _adapt(
+        self, grid: Float[Tensor, "c *s"], member: _Member, adapter: Adapter, before: Output,
+        verdict: Verdict | None, judge: Judge | None,
+    ) -> tuple[Adaptation, Output]:  # fmt: skip
+        """Return what became of adapting to an image, and the output to go on with."""
+        settings = self.settings.adapt
+        of_shift = set() if judge is None else judge.shift_scores
+        reason = find_reason_against(settings, verdict, of_shift)
+        if reason:
+            return Adaptation(adapter.name, False, reason), before
+        windows = choose_windows(grid, before, member.plan, self.settings.overlap, settings.windows)
+        if windows is None:
+            return Adaptation(adapter.name, False, NOTHING_FOUND), before
+        layout = member.network.memory_format
+        try:
+            # Not the state of the process: the same image gives the same mask whatever came before it.
+            with torch.random.fork_rng(devices=[]), self._autocast():
+                torch.manual_seed(0)
+                facts = adapter.adapt(windows.to(self.device).contiguous(memory_format=layout))
+            if not facts.get("kept"):
+                return Adaptation(adapter.name, False, NO_BETTER, facts), before
+            adapted = _Member(member.network, member.plan, member.config, adapter.predict)
+            after = self._predict(grid, adapted, watch=before.agreement is not None)
+        finally:
+            adapter.reset()
+        fault, changed = find_fault(settings, before, after)
+        if fault:
+            return Adaptation(adapter.name, False, fault, facts, changed), before
+        return Adaptation(adapter.name, True, "", facts, changed), after
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
     def _as_maps(self, probabilities: Float[np.ndarray, "k *s"]) -> Bool[np.ndarray, "m *s"]:
         """Return which voxels belong to every region, or every class but the background."""
@@ -178,10 +259,14 @@ class Segmenter:
             windows = windows.contiguous(memory_format=network.memory_format)
             views = []
             for axes in sets:
-                features = network.encode(torch.flip(windows, axes))
-                if watch and not axes:
-                    layers = add_layers(layers, [sum_layer(feature) for feature in features])
-                logits = network.decode(features).float()
+                view = torch.flip(windows, axes)
+                if member.predict is None:
+                    features = network.encode(view)
+                    if watch and not axes:
+                        layers = add_layers(layers, [sum_layer(feature) for feature in features])
+                    logits = network.decode(features).float()
+                else:
+                    logits = member.predict(view).float()
                 logits[:, hidden] = -torch.inf
                 views.append(torch.flip(plan.as_probabilities(logits), axes))
             if len(views) == 1:
@@ -191,8 +276,7 @@ class Segmenter:
                 agreement = found if agreement is None else agreement + found
             return torch.stack(views).mean(0)
 
-        bf16 = self.precision == "bf16-mixed"
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        with torch.inference_mode(), self._autocast():
             probabilities = slide(
                 image.to(self.device), predict, plan, self.settings.overlap, self.settings.batch_size
             )
@@ -204,6 +288,33 @@ class _Member:
     network: Network
     plan: Plan
     config: Config
+    predict: Callable[[Tensor], Tensor] | None = None  # an adapted network in place of the run's
+
+
+def _average(maps: Sequence[np.ndarray]) -> np.ndarray:
+    total = maps[0]
+    for one in maps[1:]:
+        total = total + one
+    return total / len(maps) if len(maps) > 1 else total
+
+
+def choose_windows(
+    image: Float[Tensor, "c *s"], output: Output, plan: Plan, overlap: float, count: int
+) -> Float[Tensor, "b n *p"] | None:
+    """Return the windows of an image in which most was found, at most `count`; none where nothing was.
+
+    Windows that hold less than a quarter of the fullest one tell little, and the others are taken evenly.
+    """
+    size = (1, *plan.patch_size) if plan.slice_wise else plan.patch_size
+    found = torch.from_numpy(find_foreground(output))[None]
+    starts = place_windows(image.shape[1:], size, overlap)
+    held = [int(cut_patch(found, start, size).sum()) for start in starts]
+    full = sorted((s for s, n in zip(starts, held, strict=True) if n and 4 * n >= max(held)))
+    if not full:
+        return None
+    chosen = [full[round(i)] for i in np.linspace(0, len(full) - 1, min(count, len(full)))]
+    context = plan.context_slices if plan.slice_wise else None
+    return torch.stack([cut_patch(image, start, size, context) for start in chosen])
 
 
 def sum_layer(features: Float[Tensor, "b w *t"]) -> Layer:

@@ -179,7 +179,8 @@ def _fit(fabric: Fabric, job: _Job) -> None:
             "threads": threads,
             "encoder": sorted(encoder_tensors(training.learner.network)),
         }
-        runs.finish(job.output, training.learner.network, calibration, judge, **facts)
+        reflection = dict(training.learner.named_objectives()).get("reflection")
+        runs.finish(job.output, training.learner.network, calibration, judge, reflection, **facts)
     fabric.barrier()
 
 

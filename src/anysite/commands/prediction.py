@@ -49,6 +49,13 @@ def predict(
             help="of runs trained on several datasets the one that all images are like; default: any of them"
         ),
     ] = None,
+    adapt: Annotated[
+        str | None,
+        typer.Option(
+            help="adapt a copy of the network to each image unlike those known: none, auto or an adapter's name; "
+            "default: the run's setting"
+        ),
+    ] = None,
     include_training: Annotated[
         bool, typer.Option("--include-training", help="also cases the run was trained on")
     ] = False,
@@ -81,7 +88,7 @@ def predict(
     outcomes: list[CaseOutcome] = []
     with console.case_bar(len(share), "predicting") as advance:
         for outcome in prediction.predict(
-            opened, cases, output, flips=flips, calibrate=calibrate, least_dice=least_dice, task=task,
+            opened, cases, output, flips=flips, calibrate=calibrate, least_dice=least_dice, task=task, adapt=adapt,
             save_probabilities=save_probabilities, part=part,
             referral=referral, dataset=dataset, sites_known=sites_known, accelerator=accelerator,
         ):  # fmt: skip

@@ -80,6 +80,12 @@ def benchmark(
         list[Path] | None,
         typer.Option(help="also judge images of this other dataset, which should be rejected (repeatable)"),
     ] = None,
+    adapt: Annotated[
+        str,
+        typer.Option(
+            help="score all images also with these adapters, separated by commas; NAME:always without checks"
+        ),
+    ] = "none",
     set_: Overrides = None,
     normalisation: Annotated[
         str,
@@ -104,7 +110,7 @@ def benchmark(
         open_dataset(dataset), dataset, methods.split(","), numbers, protocol,
         overrides, None if budget is None else parse_duration(budget), test_domain or [], metrics.split(","),
         counts, corruptions.split(",") if corruptions else [], _whole_numbers("--severities", severities),
-        others or [],
+        others or [], adapt.split(","),
     )  # fmt: skip
     began, failed = time.monotonic(), 0
     waiting = benchmarking.unfinished(jobs, output)

@@ -1,0 +1,96 @@
+"""Adaptation that does no harm: only of images unlike those known, checked afterwards, undone where it went astray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from anysite.config import AdaptSettings
+from anysite.detectors import Output
+from anysite.judge import Verdict
+
+NOT_SHIFTED = "the image is like those known"
+NOT_JUDGED = "nothing says whether the image is unlike those known"
+NOTHING_FOUND = "nothing was found to adapt by"
+NO_BETTER = "the method found nothing better"
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What became of adapting to one image.
+
+    Attributes:
+        method: The adapter's name.
+        kept: Whether the mask is the adapted one.
+        reason: Why not.
+        facts: What the adapter observed.
+        changed_share: Voxels that adapting changed, over those that were found before; none where it was not tried.
+    """
+
+    method: str
+    kept: bool
+    reason: str = ""
+    facts: dict[str, float] = field(default_factory=dict)
+    changed_share: float | None = None
+
+
+def find_reason_against(settings: AdaptSettings, verdict: Verdict | None, shift_scores: set[str]) -> str:
+    """Return why an image should not be adapted to, empty where it should.
+
+    Args:
+        settings: Of the adaptation.
+        verdict: On the mask without adaptation.
+        shift_scores: Those that speak of the image.
+    """
+    if not settings.only_shifted:
+        return ""
+    if verdict is None:
+        return NOT_JUDGED
+    scores = [score for name, score in verdict.scores.items() if name in shift_scores]
+    shifted = any(score is None or score > 1 for score in scores)
+    return "" if shifted else NOT_SHIFTED
+
+
+def find_fault(settings: AdaptSettings, before: Output, after: Output) -> tuple[str, float]:
+    """Return what went astray, empty where nothing did, and the share of voxels that changed.
+
+    Args:
+        settings: Of the adaptation; nothing is a fault where they have no guard but values that are not finite.
+        before: What the network made of the image.
+        after: What the adapted one did.
+    """
+    if not np.isfinite(after.probabilities).all():
+        return "probabilities that are not finite", 1.0
+    old, new = find_foreground(before), find_foreground(after)
+    found, now = int(old.sum()), int(new.sum())
+    changed = float((_decide(before) != _decide(after)).any(0).sum()) / max(1, found)
+    if not settings.guard:
+        return "", changed
+    if not found:
+        return NOTHING_FOUND, changed
+    ratio, (low, high) = now / found, settings.volume_ratio
+    if not low <= ratio <= high:
+        return f"the volume became {ratio:.2f} times what it was", changed
+    agreement = 2 * int((old & new).sum()) / max(1, found + now)
+    if agreement < settings.least_agreement:
+        return f"the masks before and after share a Dice of {agreement:.2f}", changed
+    if changed > settings.most_changed:
+        return f"{changed:.2f} of the voxels found before changed", changed
+    if before.agreement is not None and after.agreement is not None:
+        fall = before.agreement.pairwise_dice - after.agreement.pairwise_dice
+        if fall > settings.agreement_fall:
+            return f"mirrored views agree less by {fall:.3f}", changed
+    return "", changed
+
+
+def find_foreground(output: Output) -> Bool[np.ndarray, "*s"]:
+    """Return where anything but background was found."""
+    chances: Float[np.ndarray, "k *s"] = output.probabilities
+    return np.asarray((chances > 0.5).any(0) if output.overlapping else chances.argmax(0) > 0)
+
+
+def _decide(output: Output) -> np.ndarray:
+    chances = output.probabilities
+    return chances > 0.5 if output.overlapping else chances.argmax(0)[None]

@@ -1,0 +1,106 @@
+"""How alike two images are in structure at every voxel, whatever their brightness and contrast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from monai.losses.image_dissimilarity import LocalNormalizedCrossCorrelationLoss
+from monai.metrics.regression import compute_ssim_and_cs
+from torch import Tensor
+
+SIGMA_VOXELS = 1.5
+RANGE = 2.0  # of images from -1 to 1
+
+
+def compare_contrast(one: Float[Tensor, "b c *s"], other: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
+    """Return the contrast and structure term of SSIM, which a change of brightness leaves alone."""
+    return _ssim(one, other)[1]
+
+
+def compare_ssim(one: Float[Tensor, "b c *s"], other: Float[Tensor, "b c *s"]) -> Float[Tensor, "b c *s"]:
+    """Return SSIM of images from -1 to 1: Wang et al., 2004, https://doi.org/10.1109/TIP.2003.819861."""
+    return _ssim(one, other)[0]
+
+
+def compare_correlation(
+    one: Float[Tensor, "b c *s"], other: Float[Tensor, "b c *s"]
+) -> Float[Tensor, "b c *s"]:
+    """Return the squared local normalised cross-correlation: Avants et al., 2008, https://doi.org/10.1016/j.media.2007.06.004."""
+    dimension = one.ndim - 2
+    size = min(9, *(n - 1 + n % 2 for n in one.shape[2:]))
+    measure = LocalNormalizedCrossCorrelationLoss(
+        dimension, kernel_size=size, reduction="none", smooth_nr=0.0, smooth_dr=1e-5
+    )
+    # Beyond the image MONAI sees zeros, of which the border would be unlike for their brightness alone.
+    inside = (..., *(slice(size // 2, size // 2 + n) for n in one.shape[2:]))
+    one, other = _pad(one, size // 2), _pad(other, size // 2)
+    channels = [-measure(a, b) for a, b in zip(one.split(1, 1), other.split(1, 1), strict=True)]
+    return torch.cat(channels, 1)[inside]
+
+
+def compare_neighbourhoods(
+    one: Float[Tensor, "b c *s"], other: Float[Tensor, "b c *s"]
+) -> Float[Tensor, "b c *s"]:
+    """Return 1 minus the mean difference of MIND descriptors: Heinrich et al., 2012, https://doi.org/10.1016/j.media.2012.05.008."""
+    difference = (describe_neighbourhoods(one) - describe_neighbourhoods(other)).abs()
+    return 1 - difference.mean(0)
+
+
+SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "contrast": compare_contrast,
+    "ssim": compare_ssim,
+    "correlation": compare_correlation,
+    "mind": compare_neighbourhoods,
+}
+
+
+def mean_over(values: Float[Tensor, "b c *s"], region: Bool[Tensor, "b 1 *s"]) -> Float[Tensor, " b"]:
+    """Return the mean of a map over a region of each sample, over channels too; 0 where the region is empty."""
+    inside = region.to(values.dtype)
+    total = (values.mean(1, keepdim=True) * inside).flatten(1).sum(1)
+    return total / inside.flatten(1).sum(1).clamp(min=1)
+
+
+def grow(region: Bool[Tensor, "b 1 *s"], voxels: int) -> Bool[Tensor, "b 1 *s"]:
+    """Return a region with everything within so many voxels of it along the axes, a box."""
+    pool = F.max_pool2d if region.ndim == 4 else F.max_pool3d
+    return pool(region.float(), 2 * voxels + 1, 1, voxels) > 0
+
+
+def describe_neighbourhoods(image: Float[Tensor, "b c *s"]) -> Float[Tensor, "n b c *s"]:
+    """Return MIND: how like each of the nearest neighbours every voxel's surroundings are, 1 for the likest."""
+    dimension = image.ndim - 2
+    padded = _pad(image, 1)
+    distances = []
+    for axis, step in product(range(dimension), (-1, 1)):
+        shifted = padded
+        for other, size in enumerate(image.shape[2:]):
+            shifted = shifted.narrow(2 + other, 1 + (step if other == axis else 0), size)
+        distances.append(_smooth((image - shifted).square()))
+    distance = torch.stack(distances)
+    variance = distance.mean(0).clamp(min=1e-6)
+    descriptor = torch.exp(-distance / variance)
+    return descriptor / descriptor.amax(0).clamp(min=1e-6)
+
+
+def _ssim(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    dimension = one.ndim - 2
+    # 11 voxels as published in 2-D; 7 in 3-D, where windows hold as many voxels sooner.
+    window = 11 if dimension == 2 else 7
+    one, other = _pad(one, window // 2), _pad(other, window // 2)
+    return compute_ssim_and_cs(
+        one, other, dimension, [window] * dimension, [SIGMA_VOXELS] * dimension, data_range=RANGE
+    )
+
+
+def _smooth(image: Tensor) -> Tensor:
+    pool = F.avg_pool2d if image.ndim == 4 else F.avg_pool3d
+    return pool(_pad(image, 1), 3, 1)
+
+
+def _pad(image: Tensor, voxels: int) -> Tensor:
+    return F.pad(image, [voxels] * (2 * (image.ndim - 2)), mode="replicate")
