@@ -43,7 +43,7 @@ from anysite.plan import Normalisation, Plan
 from anysite.predict import predict
 from anysite.runs import Run, open_run
 from anysite.segment import Segmenter
-from anysite.similarity import SIMILARITIES, describe_neighbourhoods, grow, mean_over
+from anysite.similarity import SIMILARITIES, compare, describe_neighbourhoods, grow, mean_over
 from anysite.train import train
 from conftest import SMALL, small_config
 
@@ -60,13 +60,24 @@ def pictures(dimension: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", SIMILARITIES)
 def test_an_image_is_like_itself_and_less_like_others_the_further_they_are(name: str, dimension: int) -> None:
     one, _ = pictures(dimension)
-    compare = SIMILARITIES[name]
-    same = compare(one, one)
+    same = compare(name, one, one)
     assert same.shape == one.shape
     torch.testing.assert_close(same, torch.ones_like(same), rtol=0, atol=2e-3)
-    shifted = [float(compare(one, torch.roll(one, step, -1))[..., 6:-6].mean()) for step in range(4)]
+    shifted = [float(compare(name, one, torch.roll(one, step, -1))[..., 6:-6].mean()) for step in range(4)]
     assert shifted == sorted(shifted, reverse=True)
     assert shifted[3] < 0.9
+
+
+@pytest.mark.parametrize("name", SIMILARITIES)
+def test_likeness_is_the_same_under_bfloat16_autocast(name: str) -> None:
+    one, other = pictures()
+    flat = torch.ones_like(one)
+    expected = [compare(name, a, b) for a, b in ((one, other), (flat, flat), (one, flat))]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [compare(name, a, b) for a, b in ((one, other), (flat, flat), (one, flat))]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.isfinite().all()
 
 
 def test_ssim_and_its_contrast_term_against_a_slow_twin() -> None:

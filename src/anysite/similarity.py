@@ -58,6 +58,17 @@ SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def compare(
+    name: str, one: Float[Tensor, "b c *s"], other: Float[Tensor, "b c *s"]
+) -> Float[Tensor, "b c *s"]:
+    """Return the likeness of two images from -1 to 1 by one of `SIMILARITIES`, in float32.
+
+    Variances are differences of near equal numbers, of which bfloat16 leaves nothing.
+    """
+    with torch.autocast(one.device.type, enabled=False):
+        return SIMILARITIES[name](one.float(), other.float())
+
+
 def mean_over(values: Float[Tensor, "b c *s"], region: Bool[Tensor, "b 1 *s"]) -> Float[Tensor, " b"]:
     """Return the mean of a map over a region of each sample, over channels too; 0 where the region is empty."""
     inside = region.to(values.dtype)

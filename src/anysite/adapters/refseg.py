@@ -15,7 +15,7 @@ from torch import Tensor
 from anysite.adapters import Adapter, Subset, choose_parameters, divergence
 from anysite.errors import ConfigError
 from anysite.networks import require_counts
-from anysite.similarity import SIMILARITIES, mean_over
+from anysite.similarity import compare, mean_over
 
 
 class RefSeg(Adapter):
@@ -54,7 +54,7 @@ class RefSeg(Adapter):
         if learning_rate <= 0:
             raise ConfigError(f"{learning_rate}", where="adapter refseg.learning_rate", expected="above 0")
         self.subset: Subset = subset
-        self.compare, self.learning_rate = SIMILARITIES[similarity], learning_rate
+        self.similarity, self.learning_rate = similarity, learning_rate
         self.steps, self.shape_weight, self.anchor_weight = steps, shape_weight, anchor_weight
         self.least_gain, self.patience = least_gain, patience
 
@@ -114,7 +114,8 @@ class RefSeg(Adapter):
         self, chances: Tensor, target: Tensor, region: Bool[Tensor, "b 1 *p"]
     ) -> Float[Tensor, ""]:
         assert self.reflection is not None
-        return mean_over(self.compare(self.reflection.synthesiser(chances), target), region).mean()
+        drawn = self.reflection.synthesiser(chances)
+        return mean_over(compare(self.similarity, drawn, target), region).mean()
 
     def _regularise(self, chances: Tensor, first: Tensor) -> Float[Tensor, ""]:
         overlapping = bool(self.plan.regions)

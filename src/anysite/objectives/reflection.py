@@ -19,7 +19,7 @@ from anysite.networks.unet import UNet
 from anysite.objectives import Objective, Step
 from anysite.objectives.supervised import region_maps
 from anysite.plan import Plan
-from anysite.similarity import compare_ssim, grow, mean_over
+from anysite.similarity import compare, grow, mean_over
 
 OUTSIDE = 0.1  # weight of what lies beyond the region, of which the mask says little
 
@@ -77,7 +77,7 @@ class Reflection(Objective):
         drawn = self.synthesiser(blur_mask(mask))
         weight = torch.where(region, 1.0, OUTSIDE)
         error = ((drawn - image).abs().mean(1, keepdim=True) * weight).sum() / weight.sum()
-        likeness = mean_over(compare_ssim(drawn, image), region).mean()
+        likeness = mean_over(compare("ssim", drawn, image), region).mean()
         mended = self.prior(spoil_mask(mask, self.patches))
         if self.regions:
             cost = F.binary_cross_entropy_with_logits(mended.float(), mask)
