@@ -13,6 +13,8 @@ import anysite
 from anysite import atomic
 from anysite.errors import DataError
 from anysite.report import format as texts
+from anysite.report.adaptation import KINDS as ADAPTED_KINDS
+from anysite.report.adaptation import AdaptationResult, describe_adaptations
 from anysite.report.charts import Strip, difference_plot, strip_plot
 from anysite.report.curves import CorruptionCurves, LabelCurves, describe_corruptions, describe_labels
 from anysite.report.evaluation import Evaluation, evaluate
@@ -48,6 +50,7 @@ class Chapter:
     corruptions: CorruptionCurves | None
     evaluations: tuple[Evaluation, ...]
     judgements: tuple[Judgement, ...]
+    adaptations: tuple[AdaptationResult, ...]
     corrupted: int
 
 
@@ -84,6 +87,7 @@ def write_report(paths: Sequence[Path], output: Path, title: str = "") -> Path:
         split_names=texts.SPLIT_NAMES,
         colours=len(OKABE_ITO),
         failed_dice=FAILED,
+        adapted_kinds=ADAPTED_KINDS,
         kinds=KINDS
         | {
             "in_domain": texts.SPLIT_NAMES["in_domain"],
@@ -147,6 +151,7 @@ def _chapter(dataset: str, sources: Sequence[Source]) -> Chapter:
             for name, found in split_by_method(everything).items()
             if (judgement := describe_judgement(name, found)) is not None
         ),
+        adaptations=describe_adaptations(rows),
         corrupted=len(rows) - len(clean),
     )
 

@@ -1,0 +1,57 @@
+"""The table on adaptation, from rows with known changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from anysite.report.adaptation import describe_adaptations
+from anysite.report.page import write_report
+from anysite.report.read import read_sources
+
+PLAIN = {"a": 0.8, "b": 0.7, "c": 0.6, "d": 0.5}
+CHANGES = {"a": 0.0, "b": 0.05, "c": -0.02, "d": 0.03}
+
+
+def row(case: str, adapt: str, metric: str, value: float, **more: object) -> dict[str, object]:
+    return {
+        "dataset": "sites", "method": "baseline", "adapt": adapt, "seed": 0, "train_domains": "x", "domain": "y",
+        "split": "unseen", "patient": case, "case": case, "class": "disc" if metric == "dice" else "all classes",
+        "metric": metric, "value": value, "unit": "1", "corruption": "none", "severity": 0, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    lines = [row(case, "none", "dice", value) for case, value in PLAIN.items()]
+    lines += [row(case, "refseg", "dice", PLAIN[case] + change) for case, change in CHANGES.items()]
+    lines += [row(case, "refseg", "adapted", float(case != "a")) for case in PLAIN]
+    lines += [row("a", "none", "dice", 0.4, corruption="blur", severity=3, split="in_domain")]
+    lines += [row("a", "refseg", "dice", 0.5, corruption="blur", severity=3, split="in_domain")]
+    lines += [row("z", "refseg", "dice", 0.1)]  # nothing to compare it with
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_gain_and_harm_are_counted_image_by_image(rows: Path) -> None:
+    (result,) = describe_adaptations([row for source in read_sources([rows]) for row in source.rows])
+    assert (result.method, result.adapter) == ("baseline", "refseg")
+    unseen, corrupted = result.gains
+    assert (unseen.kind, unseen.images, unseen.adapted) == ("unseen", 4, 3)
+    assert unseen.gain.mean == pytest.approx(0.015)
+    assert unseen.gain_adapted is not None
+    assert unseen.gain_adapted.mean == pytest.approx(0.02)
+    assert (unseen.harmed, unseen.helped) == (1, 2)
+    assert unseen.worst == (("c", pytest.approx(-0.02)),)
+    assert unseen.harmed_interval == (pytest.approx(0.0063, abs=1e-3), pytest.approx(0.806, abs=1e-3))
+    assert (corrupted.kind, corrupted.images) == ("corrupted", 1)
+    assert corrupted.gain.mean == pytest.approx(0.1)
+
+
+def test_the_page_shows_gain_and_harm(rows: Path, tmp_path: Path) -> None:
+    text = write_report([rows], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Test-time adaptation" in text
+    assert "c -2.0" in text or "c −2.0" in text
