@@ -29,6 +29,7 @@ from anysite.data.probabilities import read_probabilities
 from anysite.errors import FileFormatError, RunError
 from anysite.evaluate import ALL_CLASSES, evaluate
 from anysite.predict import predict
+from anysite.report.page import write_report
 from anysite.runs import Run
 from anysite.segment import Segmenter
 from anysite.train import train
@@ -275,6 +276,29 @@ def test_evaluation_scores_saved_probabilities_apart_from_classes(
     assert summary["undefined"]["ece"] == 0
     assert ALL_CLASSES not in summary["mean"]
     assert "ece" not in summary["foreground_mean"]
+    # The counts behind the diagram give the error of all voxels together.
+    told = atomic.read_json(tmp_path / "reliability.json")
+    assert list(told) == ["unseen"]
+    voxels, right, confidence = (np.array(told["unseen"][name]) for name in ("voxels", "right", "confidence"))
+    together: list[np.ndarray] = []
+    for each in cases:
+        truth = phantom.class_indices(each.label()).array[0]
+        found = files.read_label(tmp_path / f"{each.id}.png").array[0]
+        near = select_band(found, truth, (1.0, 1.0))
+        chances = read_probabilities(tmp_path / f"{each.id}.npz")[:, near]
+        together.append(np.stack([chances.max(0), chances.argmax(0) == truth[near]]))
+    sure, correct = np.concatenate(together, 1)
+    assert voxels.sum() == len(sure)
+    assert right.sum() == correct.sum()
+    assert confidence.sum() == pytest.approx(sure.sum())
+    inside = (sure > 14 / 15) & (sure <= 1)
+    assert right[-1] == correct[inside].sum()
+    page = write_report([tmp_path], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "As sure as right?" in page
+    for path in tmp_path.glob("*.npz"):
+        path.unlink()
+    evaluate(tmp_path, phantom)
+    assert not (tmp_path / "reliability.json").exists()
 
 
 def test_damaged_or_foreign_probabilities_cost_no_row_of_another_case(

@@ -189,7 +189,7 @@ def test_every_leaf_of_a_dump_has_a_name() -> None:
     def leaves(content: dict[str, Any], prefix: str = "") -> list[str]:
         names = []
         for key, value in content.items():
-            inner = isinstance(value, dict) and key not in ("objectives", "detectors")
+            inner = isinstance(value, dict) and key not in ("objectives", "detectors", "settings")
             names += leaves(value, f"{prefix}{key}.") if inner else [prefix + key]
         return names
 

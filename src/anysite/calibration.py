@@ -103,23 +103,19 @@ def score_calibration(
     if not probabilities.size:
         return dict.fromkeys(metrics)
     chances = probabilities.astype(np.float64)
+    confidence, right = _answers(chances, truth, overlapping)
     if overlapping:
-        confidence, right = np.maximum(chances, 1 - chances).ravel(), ((chances > 0.5) == truth).ravel()
         brier = np.square(chances - truth).mean()
         of_truth = np.where(truth, chances, 1 - chances)
     else:
-        confidence = chances.max(0)
-        right = np.take_along_axis(truth, chances.argmax(0)[None], 0)[0]
         brier = np.square(chances - truth).sum(0).mean()
         of_truth = chances[truth]
     scores: dict[str, float | None] = {
         "brier": float(brier),
         "nll": float(-np.log(np.maximum(of_truth, LEAST)).mean()),
     }
-    # The first bin reaches down to nothing.
-    place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
-    count = np.bincount(place, minlength=BINS)
-    apart = np.abs(np.bincount(place, right, minlength=BINS) - np.bincount(place, confidence, minlength=BINS))
+    count, rights, sureness = _bin(confidence, right)
+    apart = np.abs(rights - sureness)
     scores["ece"] = float(apart.sum() / count.sum())
     scores["mce"] = float((apart[count > 0] / count[count > 0]).max())
     order = np.argsort(confidence, kind="stable")
@@ -127,6 +123,34 @@ def score_calibration(
     distances = [abs(right[part].mean() - confidence[part].mean()) * len(part) for part in parts]
     scores["ace"] = float(sum(distances) / len(order))
     return {metric: scores[metric] for metric in metrics}
+
+
+def count_reliability(
+    probabilities: Float[np.ndarray, "k n"], truth: Bool[np.ndarray, "k n"], *, overlapping: bool
+) -> Float[np.ndarray, "3 _"]:
+    """Return for each bin of confidence the voxels in it, those that were right, and the sum of their confidence.
+
+    Counts of several images add up to a reliability diagram: DeGroot and Fienberg, 1983,
+    https://doi.org/10.2307/2987588.
+    """
+    return np.stack(_bin(*_answers(probabilities.astype(np.float64), truth, overlapping)))
+
+
+def _answers(chances: np.ndarray, truth: np.ndarray, overlapping: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return how sure every answer was, and whether it was right."""
+    if overlapping:
+        return np.maximum(chances, 1 - chances).ravel(), ((chances > 0.5) == truth).ravel()
+    return chances.max(0), np.take_along_axis(truth, chances.argmax(0)[None], 0)[0]
+
+
+def _bin(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    # The first bin reaches down to nothing.
+    place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    return (
+        np.bincount(place, minlength=BINS).astype(float),
+        np.bincount(place, right, minlength=BINS),
+        np.bincount(place, confidence, minlength=BINS),
+    )
 
 
 def select_band(

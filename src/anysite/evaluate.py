@@ -14,7 +14,12 @@ import numpy as np
 from jaxtyping import Float
 
 from anysite import atomic
-from anysite.calibration import CALIBRATION_METRICS, score_calibration, select_band
+from anysite.calibration import (
+    CALIBRATION_METRICS,
+    count_reliability,
+    score_calibration,
+    select_band,
+)
 from anysite.data import files
 from anysite.data.case import Case, Dataset
 from anysite.data.probabilities import read_probabilities
@@ -24,7 +29,7 @@ from anysite.judgement import ADAPTED, DECISIONS, PREDICTED, SCORE, VERDICT, is_
 from anysite.manifest import MANIFESTS, mask_suffix, probabilities_name, read_manifests
 from anysite.metrics import METRICS, Score, score_case
 
-ROWS, SUMMARY = "rows.jsonl", "summary.json"
+ROWS, SUMMARY, RELIABILITY = "rows.jsonl", "summary.json", "reliability.json"
 ALL_CLASSES = "all classes"  # what the rows of calibration and judgement are about
 
 Row = dict[str, Any]
@@ -89,30 +94,41 @@ def evaluate(
             expected=f"masks named after cases of {dataset.name}",
         )
 
-    def score(pair: tuple[Case, Path]) -> tuple[Case, list[Score] | str]:
+    def score(pair: tuple[Case, Path]) -> tuple[Case, list[Score] | str, np.ndarray | None]:
         case, path = pair
+        counts = None
         try:
             result: list[Score] | str = _score_mask(case, path, dataset, bool(manifest["runs"]), tolerance)
             if (digest := manifest["files"].get(probabilities_name(case))) and scored_alike:
-                result += _score_saved(path, digest, case, dataset)
+                scores, counts = _score_saved(path, digest, case, dataset)
+                result += scores
             entry = manifest["cases"].get(case.id, {})
             result += describe_verdict(entry.get("verdict")) + describe_adaptation(entry.get("adaptation"))
         except AnysiteError as error:
             result = str(error)
         on_case(case.id)
-        return case, result
+        return case, result, counts
 
     with ThreadPoolExecutor(threads) as pool:
         outcomes = list(pool.map(score, found))
     rows: list[Row] = []
-    for case, result in outcomes:
+    reliability: dict[str, np.ndarray] = {}
+    for case, result, counts in outcomes:
         if isinstance(result, str):
             failed[case.id] = result
             continue
         split = manifest["cases"].get(case.id, {}).get("split", "unknown")
         rows += rows_of(result, case, split, common)
+        if counts is not None:
+            reliability[split] = reliability.get(split, 0) + counts
     write_rows(folder / ROWS, rows)
     atomic.write_json(folder / SUMMARY, summarise(rows, failed))
+    if reliability:
+        names = ("voxels", "right", "confidence")
+        told = {s: dict(zip(names, counts.tolist(), strict=True)) for s, counts in reliability.items()}
+        atomic.write_json(folder / RELIABILITY, told)
+    else:
+        (folder / RELIABILITY).unlink(missing_ok=True)  # of other masks
     scored = {case.id for case, _ in found} | failed.keys()
     return Evaluation(rows, failed, tuple(c.id for c in dataset.labelled if c.id not in scored))
 
@@ -285,14 +301,19 @@ def _score_mask(case: Case, path: Path, dataset: Dataset, ours: bool, tolerance:
     return score_volume(mask, label, dataset, case, tolerance)
 
 
-def _score_saved(mask_path: Path, digest: str, case: Case, dataset: Dataset) -> list[Score]:
-    """Score the probabilities saved with a mask, unless they were altered or deleted since."""
+def _score_saved(
+    mask_path: Path, digest: str, case: Case, dataset: Dataset
+) -> tuple[list[Score], np.ndarray | None]:
+    """Score the probabilities saved with a mask, unless they were altered or deleted since, and count their bins."""
     path = mask_path.parent / probabilities_name(case)
     if not path.is_file() or atomic.sha256(path) != digest:
-        return []
-    mask = files.read_label(mask_path)
-    label = dataset.label_of(case)
-    return score_probabilities(read_probabilities(path), mask, label, dataset, where=path)
+        return [], None
+    mask, label = files.read_label(mask_path), dataset.label_of(case)
+    probabilities = read_probabilities(path)
+    scores = score_probabilities(probabilities, mask, label, dataset, where=path)
+    band = select_band(mask.array[0], label.array[0], label.spacing)
+    truth = np.stack([np.isin(label.array[0][band], group) for group in _groups_of(dataset)])
+    return scores, count_reliability(probabilities[:, band], truth, overlapping=bool(dataset.regions))
 
 
 def _groups_of(dataset: Dataset) -> list[tuple[int, ...]]:

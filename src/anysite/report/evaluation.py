@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from anysite.judgement import DECISIONS
-from anysite.report.charts import Strip, strip_plot
+from anysite.report.charts import Strip, line_plot, strip_plot
 from anysite.report.configuration import Entries, RunFacts, describe_rows, describe_run
 from anysite.report.format import SPLIT_NAMES, image_folders, join, without_folders
 from anysite.report.judging import FAILED
@@ -92,6 +92,7 @@ class Evaluation:
     worst: tuple[Shown, ...]
     strips: Markup
     judged: tuple[Judged, ...]
+    reliability: Markup
     lines: tuple[CaseLine, ...]
     hd95_unit: str
     undefined: int
@@ -150,6 +151,7 @@ def evaluate(source: Source) -> Evaluation:
         worst=tuple(_worst(source, scores)) if source.predictions else (),
         strips=strip_plot([_strip(site) for site in sites], "Dice of every case, by site"),
         judged=tuple(_judged(source, scores)) if source.predictions else (),
+        reliability=_draw_reliability(source),
         lines=tuple(lines),
         hd95_unit=next((row.unit for row in rows if row.metric == "hd95" and row.unit), ""),
         undefined=sum(score.undefined for score in scores),
@@ -173,6 +175,24 @@ def _site_pictures(source: Source, sites: Sequence[Site]) -> Iterable[Shown]:
         if case.mask and case.domain not in chosen:
             chosen[case.domain] = Shown(case_id, case.domain, case.split, _draw(source, case_id, case))
     return sorted(chosen.values(), key=lambda shown: rank_of(shown.split))
+
+
+def _draw_reliability(source: Source) -> Markup:
+    """Draw how often voxels were right by how sure the network was, with what it said itself."""
+    counted = source.reliability
+    if not counted:
+        return Markup("")
+    voxels = [sum(bins) for bins in zip(*(r.voxels for r in counted.values()), strict=True)]
+    shown = [index for index, count in enumerate(voxels) if count > 0]
+    ticks = [f"{100 * (index + 1) / len(voxels):.0f}" for index in shown]
+    said = [sum(r.confidence[i] for r in counted.values()) / voxels[i] for i in shown]
+    curves: dict[str, list[Estimate | None]] = {"said": [Estimate(value, None, None, 1, 1) for value in said]}
+    for split, r in counted.items():
+        rights = [r.right[i] / r.voxels[i] if r.voxels[i] else None for i in shown]
+        curves[SPLIT_NAMES.get(split, split)] = [
+            None if right is None else Estimate(right, None, None, 1, 1) for right in rights
+        ]
+    return line_plot(ticks, curves, "Voxels that were right, in percent, by confidence in percent")
 
 
 def _worst(source: Source, scores: Sequence[CaseScore]) -> Iterable[Shown]:

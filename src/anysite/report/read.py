@@ -6,11 +6,11 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from anysite import atomic
 from anysite.errors import DataError, FileFormatError
@@ -74,6 +74,7 @@ class Row(BaseModel):
 # One record, or one for every share of a prediction that several machines made.
 MANIFESTS = "predictions*.json"
 VERDICTS = "verdicts.json"
+RELIABILITY = "reliability.json"
 
 
 class PredictedVerdict(BaseModel):
@@ -129,13 +130,26 @@ class Predictions(BaseModel):
     cases: dict[str, PredictedCase] = {}
 
 
+class Reliability(BaseModel):
+    """Sums over the voxels of each bin of confidence."""
+
+    voxels: list[float]
+    right: list[float]
+    confidence: list[float]
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A prediction folder with its rows, or a file of rows, for which `predictions` is None."""
+    """A prediction folder with its rows, or a file of rows, for which `predictions` is None.
+
+    Attributes:
+        reliability: By split, how often voxels were right by how sure the network was.
+    """
 
     path: Path
     rows: tuple[Row, ...]
     predictions: Predictions | None = None
+    reliability: dict[str, Reliability] = field(default_factory=dict)
 
 
 def read_sources(paths: Sequence[Path]) -> list[Source]:
@@ -166,7 +180,8 @@ def _sources_of(path: Path) -> Iterator[Source]:
         )
     for folder in folders:
         rows = folder / "rows.jsonl"
-        yield Source(folder, _read_rows(rows) if rows.exists() else (), _read_predictions(folder))
+        found = _read_rows(rows) if rows.exists() else ()
+        yield Source(folder, found, _read_predictions(folder), _read_reliability(folder / RELIABILITY))
     for result in results:
         yield Source(result, _read_rows(result))
 
@@ -183,6 +198,15 @@ def _read_predictions(folder: Path) -> Predictions:
         if name in cases:
             cases[name] = cases[name].model_copy(update={"verdict": verdict})
     return parts[0].model_copy(update={"cases": cases})
+
+
+def _read_reliability(path: Path) -> dict[str, Reliability]:
+    if not path.is_file():
+        return {}
+    try:
+        return TypeAdapter(dict[str, Reliability]).validate_python(atomic.read_json(path))
+    except ValidationError as error:
+        raise FileFormatError(_first(error), where=path, expected="counts by split") from None
 
 
 def _read_verdicts(folder: Path) -> dict[str, PredictedVerdict]:
