@@ -26,7 +26,7 @@ from anysite.data.phantom import write_phantom
 from anysite.data.volume import Volume
 from anysite.detectors import Agreement, Output
 from anysite.errors import ConfigError
-from anysite.evaluate import read_rows
+from anysite.evaluate import evaluate, read_rows
 from anysite.guard import (
     NO_BETTER,
     NOT_JUDGED,
@@ -41,6 +41,7 @@ from anysite.networks.synthesiser import Synthesiser
 from anysite.objectives.reflection import Reflection, spoil_mask
 from anysite.plan import Normalisation, Plan
 from anysite.predict import predict
+from anysite.report.page import write_report
 from anysite.runs import Run, open_run
 from anysite.segment import Segmenter
 from anysite.similarity import SIMILARITIES, compare, describe_neighbourhoods, grow, mean_over
@@ -479,6 +480,12 @@ def test_prediction_keeps_both_masks_and_says_why(run: Run, phantom: Dataset, tm
         before = files.read_label(tmp_path / "always" / name).array
         plain = Segmenter([run]).segment(case.image()).label.array
         assert np.array_equal(before, plain)
+    rows = evaluate(tmp_path / "always", phantom).rows
+    told = {row["case"]: row["value"] for row in rows if row["metric"] == "unadapted_dice"}
+    assert set(told) == {case.id for case in cases}
+    page = write_report([tmp_path / "always"], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Adapted at test time" in page
+    assert "after refseg" in page
     list(predict([run], cases, tmp_path / "auto", dataset=phantom, adapt="auto"))
     manifest = json.loads((tmp_path / "auto" / "predictions.json").read_text())
     reasons = {entry["adaptation"][0]["reason"] for entry in manifest["cases"].values()}

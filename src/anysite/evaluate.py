@@ -25,8 +25,14 @@ from anysite.data.case import Case, Dataset
 from anysite.data.probabilities import read_probabilities
 from anysite.data.volume import Volume
 from anysite.errors import AnysiteError, DataError, FileFormatError, GeometryError, LabelError
-from anysite.judgement import ADAPTED, DECISIONS, PREDICTED, SCORE, VERDICT, is_judgement
-from anysite.manifest import MANIFESTS, mask_suffix, probabilities_name, read_manifests
+from anysite.judgement import ADAPTED, DECISIONS, PREDICTED, SCORE, UNADAPTED_DICE, VERDICT, is_judgement
+from anysite.manifest import (
+    MANIFESTS,
+    mask_suffix,
+    probabilities_name,
+    read_manifests,
+    unadapted_name,
+)
 from anysite.metrics import METRICS, Score, score_case
 
 ROWS, SUMMARY, RELIABILITY = "rows.jsonl", "summary.json", "reliability.json"
@@ -104,6 +110,8 @@ def evaluate(
                 result += scores
             entry = manifest["cases"].get(case.id, {})
             result += describe_verdict(entry.get("verdict")) + describe_adaptation(entry.get("adaptation"))
+            if unadapted_name(case) in manifest["files"]:
+                result += _score_unadapted(case, folder / unadapted_name(case), dataset)
         except AnysiteError as error:
             result = str(error)
         on_case(case.id)
@@ -299,6 +307,13 @@ def _score_mask(case: Case, path: Path, dataset: Dataset, ours: bool, tolerance:
     if beyond >= len(dataset.classes):
         raise DataError(f"class index {beyond}", where=path, expected=f"0 to {len(dataset.classes) - 1}")
     return score_volume(mask, label, dataset, case, tolerance)
+
+
+def _score_unadapted(case: Case, path: Path, dataset: Dataset) -> list[Score]:
+    if not path.is_file():
+        return []
+    scores = score_volume(files.read_label(path), dataset.label_of(case), dataset, case, metrics=["dice"])
+    return [Score(ALL_CLASSES, UNADAPTED_DICE, _mean([score.value for score in scores]), "1")]
 
 
 def _score_saved(

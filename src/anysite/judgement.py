@@ -14,6 +14,7 @@ from anysite.errors import DataError
 Values = Float[np.ndarray, " _"]
 Numbers = Sequence[float] | Values
 ADAPTED = "adapted"  # rows of whether a mask is that of an adapted network, 0 or 1
+UNADAPTED_DICE = "unadapted_dice"  # rows of the mean Dice of the mask that adaptation replaced
 VERDICT, SCORE = "verdict", "score_"  # rows of what was said of a mask, and of what each detector gave
 PREDICTED = ("predicted_dice_low", "predicted_dice", "predicted_dice_high")
 DECISIONS = ("accept", "review", "reject")  # as 0, 1 and 2 in rows
@@ -22,7 +23,7 @@ SENSITIVITY = 0.95
 
 def is_judgement(metric: str) -> bool:
     """Tell whether a row's metric speaks of how the mask came about, or of the verdict, and not of the mask."""
-    return metric in (VERDICT, ADAPTED) or metric in PREDICTED or metric.startswith(SCORE)
+    return metric in (VERDICT, ADAPTED, UNADAPTED_DICE) or metric in PREDICTED or metric.startswith(SCORE)
 
 
 def suspicion(scores: Mapping[str, float | None]) -> float:

@@ -14,6 +14,7 @@ from anysite.errors import ConfigError, DataError, FileFormatError
 from anysite.judgement import DECISIONS
 
 MANIFEST, MANIFESTS = "predictions.json", "predictions*.json"
+UNADAPTED = "unadapted"  # the folder of masks without test-time adaptation
 
 
 class Manifest:
@@ -139,6 +140,11 @@ def read_manifests(folder: Path, origin: str | None = None) -> dict[str, Any]:
 def mask_name(case: Case) -> str:
     """Return the file name of a case's mask."""
     return f"{case.id}{mask_suffix(case)}"
+
+
+def unadapted_name(case: Case) -> str:
+    """Return where a case's mask lies as it was without test-time adaptation."""
+    return f"{UNADAPTED}/{mask_name(case)}"
 
 
 def mask_suffix(case: Case) -> str:

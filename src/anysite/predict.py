@@ -24,6 +24,7 @@ from anysite.manifest import (
     mask_name,
     probabilities_name,
     read_manifests,
+    unadapted_name,
 )
 from anysite.plan import Plan
 from anysite.runs import Run
@@ -31,7 +32,6 @@ from anysite.segment import Prediction, Segmenter
 from anysite.verdicts import VERDICT_FILES, write_verdicts
 
 __all__ = [
-    "UNADAPTED",
     "CaseOutcome",
     "manifest_path",
     "open_input",
@@ -42,8 +42,6 @@ __all__ = [
     "split_of",
     "write_probabilities",
 ]
-
-UNADAPTED = "unadapted"  # where masks lie as they were without adaptation
 
 
 @dataclass(frozen=True)
@@ -227,9 +225,9 @@ def _predict_case(
         manifest.add_file(probabilities)
     else:
         manifest.remove_files([probabilities])  # of another mask
-    unadapted = f"{UNADAPTED}/{mask}"
+    unadapted = unadapted_name(case)
     if prediction.unadapted is not None:
-        (manifest.output / UNADAPTED).mkdir(exist_ok=True)
+        (manifest.output / unadapted).parent.mkdir(exist_ok=True)
         files.write_label(prediction.unadapted, manifest.output / unadapted)
         manifest.add_file(unadapted)
     else:
@@ -261,7 +259,7 @@ def _role_of(case: Case, run: Run) -> str:
 
 def _outputs_of(case: Case, probabilities: bool, adapting: bool) -> list[str]:
     more = [probabilities_name(case)] if probabilities else []
-    return [mask_name(case), *more, *([f"{UNADAPTED}/{mask_name(case)}"] if adapting else [])]
+    return [mask_name(case), *more, *([unadapted_name(case)] if adapting else [])]
 
 
 def _inputs_of(case: Case) -> list[Path]:

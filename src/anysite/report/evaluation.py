@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from anysite.judgement import DECISIONS
+from anysite.judgement import DECISIONS, UNADAPTED_DICE
 from anysite.report.charts import Strip, line_plot, strip_plot
 from anysite.report.configuration import Entries, RunFacts, describe_rows, describe_run
 from anysite.report.format import SPLIT_NAMES, image_folders, join, without_folders
@@ -44,6 +45,18 @@ class Shown:
     score: CaseScore | None = None
     site: Estimate | None = None
     verdict: PredictedVerdict | None = None
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A case whose mask is that of an adapted network, before and after; `change` of Dice where there is a truth."""
+
+    before: Shown
+    after: Shown
+    method: str
+    changed_share: float
+    dice_before: float | None
+    change: float | None
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,8 @@ class Evaluation:
     strips: Markup
     judged: tuple[Judged, ...]
     reliability: Markup
+    adapted: tuple[Adapted, ...]
+    not_adapted: tuple[tuple[str, int], ...]
     lines: tuple[CaseLine, ...]
     hd95_unit: str
     undefined: int
@@ -152,6 +167,8 @@ def evaluate(source: Source) -> Evaluation:
         strips=strip_plot([_strip(site) for site in sites], "Dice of every case, by site"),
         judged=tuple(_judged(source, scores)) if source.predictions else (),
         reliability=_draw_reliability(source),
+        adapted=tuple(_adapted(source, scores)) if source.predictions else (),
+        not_adapted=_count_reasons(predictions),
         lines=tuple(lines),
         hd95_unit=next((row.unit for row in rows if row.metric == "hd95" and row.unit), ""),
         undefined=sum(score.undefined for score in scores),
@@ -175,6 +192,47 @@ def _site_pictures(source: Source, sites: Sequence[Site]) -> Iterable[Shown]:
         if case.mask and case.domain not in chosen:
             chosen[case.domain] = Shown(case_id, case.domain, case.split, _draw(source, case_id, case))
     return sorted(chosen.values(), key=lambda shown: rank_of(shown.split))
+
+
+def _adapted(source: Source, scores: Sequence[CaseScore]) -> list[Adapted]:
+    """Return the adapted cases, those that lost most first."""
+    assert source.predictions is not None
+    by_case = {score.case: score for score in scores}
+    before = {row.case: row.value for row in source.rows if row.metric == UNADAPTED_DICE}
+    found = []
+    for name, case in source.predictions.cases.items():
+        kept = [adaptation for adaptation in case.adaptation if adaptation.kept]
+        if not kept or not case.mask:
+            continue
+        score, old = by_case.get(name), before.get(name)
+        change = None if score is None or score.value is None or old is None else score.value - old
+        found.append((change, name, case, kept[0], score, old))
+    found.sort(key=lambda item: (item[0] is None, item[0] or 0.0, item[1]))
+    return [
+        Adapted(
+            Shown(name, case.domain, case.split, _draw(source, name, _unadapted(case))),
+            Shown(name, case.domain, case.split, _draw(source, name, case), score),
+            adaptation.method,
+            adaptation.changed_share or 0.0,
+            old,
+            change,
+        )
+        for change, name, case, adaptation, score, old in found[:WORST]
+    ]
+
+
+def _unadapted(case: PredictedCase) -> PredictedCase:
+    return case.model_copy(update={"mask": f"unadapted/{case.mask}"})
+
+
+def _count_reasons(predictions: Predictions) -> tuple[tuple[str, int], ...]:
+    """Count why cases were left without adaptation, the most frequent reason first."""
+    reasons = Counter(
+        case.adaptation[0].reason
+        for case in predictions.cases.values()
+        if case.adaptation and not any(adaptation.kept for adaptation in case.adaptation)
+    )
+    return tuple(reasons.most_common())
 
 
 def _draw_reliability(source: Source) -> Markup:

@@ -87,6 +87,17 @@ class PredictedVerdict(BaseModel):
     predicted_dice: tuple[float, float, float] | None = None
 
 
+class PredictedAdaptation(BaseModel):
+    """What became of adapting one network to an image."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    method: str = ""
+    kept: bool = False
+    reason: str = ""
+    changed_share: float | None = None
+
+
 class PredictedCase(BaseModel):
     """What `predictions.json` says of one case."""
 
@@ -102,6 +113,7 @@ class PredictedCase(BaseModel):
     seconds: float | None = None
     error: str | None = None
     verdict: PredictedVerdict | None = None
+    adaptation: list[PredictedAdaptation] = []
 
 
 class PredictedDataset(BaseModel):
