@@ -257,6 +257,36 @@ def test_half_resolution_restores_block_means() -> None:
     torch.testing.assert_close(objective._restoration_error(bottleneck, step), expected)
 
 
+def test_partners_of_any_site_and_a_range_that_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def note(image: Tensor, domain: Tensor | None, own_share: tuple[float, float], window: float) -> Tensor:
+        seen.append((domain, own_share))
+        return image
+
+    monkeypatch.setattr("anysite.objectives.ram_dsir.mix_with_partners", note)
+    for settings in ({}, {"partner": "any"}, {"ramp": 0.5, "own_share": [0.2, 0.8]}):
+        objective = learner(settings).objectives["ram_dsir"]
+        for progress in (0.0, 0.25, 0.9):
+            domain = torch.arange(3)
+            step = Step(
+                torch.randn(3, 1, 32, 32),
+                torch.zeros(3, 32, 32).long(),
+                domain,
+                progress,
+                learner({}).network,
+            )
+            objective.mix(step)
+    assert all(torch.equal(domain, torch.arange(3)) for domain, _ in seen[:3])
+    assert all(domain is None for domain, _ in seen[3:6])
+    assert [share for _, share in seen[:6]] == [(0.0, 1.0)] * 6
+    assert [share for _, share in seen[6:]] == [
+        (0.8, 0.8),
+        (pytest.approx(0.5), 0.8),
+        (pytest.approx(0.2), 0.8),
+    ]
+
+
 def test_official_shares_are_tenths(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
 
@@ -286,6 +316,8 @@ def test_images_are_scaled_from_minus_one_to_one() -> None:
     [
         ({"mixing": False}, "objectives.ram_dsir.mixing.*no second view"),
         ({"own_share": [0.5, 0.2]}, "own_share"),
+        ({"ramp": 1.5}, "ramp"),
+        ({"partner": "self"}, "partner"),
         ({"window": 0.7}, "window"),
         ({"compat": "exact"}, "compat"),
     ],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anysite.augment import mix_with_partners
 from anysite.errors import ConfigError
-from anysite.networks import Network
+from anysite.networks import Network, require_fractions
 from anysite.networks.restoration import RestorationDecoder, scale_to_unit
 from anysite.objectives import Objective, Step
 from anysite.objectives.supervised import Supervised
@@ -36,6 +36,8 @@ class RamDsir(Objective):
             2 as recommended, which costs less, and 1 as in the paper.
         own_share: Range of the weight of an image's own amplitude.
         window: Frequencies mixed on either side, as a share of the shortest axis.
+        partner: Whose amplitudes are mixed in: of a sample of another site, or of any other sample.
+        ramp: Share of training over which the range of the own weight opens, from its upper end alone.
         compat: "official" as the released code computes, "paper" as the text says, "recommended" as we advise;
             docs/methods/ram_dsir.md has the differences.
 
@@ -54,6 +56,8 @@ class RamDsir(Objective):
         restoration_factor: Literal[1, 2] | None = None,
         own_share: tuple[float, float] = (0.0, 1.0),
         window: float = 0.1,
+        partner: Literal["other_site", "any"] = "other_site",
+        ramp: float = 0.0,
         compat: Literal["recommended", "paper", "official"] = "recommended",
     ) -> None:
         super().__init__(weight=weight)
@@ -66,6 +70,8 @@ class RamDsir(Objective):
             )
         if not 0 <= window <= 0.5:
             raise ConfigError(f"{window}", where=f"{where}.window", expected="0 to 0.5")
+        require_fractions(where, ramp=ramp)
+        self.partner, self.ramp = partner, ramp
         if not mixing and (supervised_weight or consistency_weight):
             raise ConfigError(
                 "no second view to supervise or to compare with",
@@ -109,11 +115,14 @@ class RamDsir(Objective):
     @torch.no_grad()
     def mix(self, step: Step) -> Float[Tensor, "b c *s"]:
         """Return the second view of a step's images."""
-        own_share: tuple[float, float] | Tensor = self.own_share
+        low, high = self.own_share
+        rise = min(1.0, step.progress / self.ramp) if self.ramp else 1.0
+        own_share: tuple[float, float] | Tensor = (high - rise * (high - low), high)
         if self.compat == "official":
             own_share = torch.randint(1, OFFICIAL_SHARES + 1, (len(step.image),)) / OFFICIAL_SHARES
         with torch.autocast(step.image.device.type, enabled=False):
-            mixed = mix_with_partners(step.image, step.domain, own_share, self.window)
+            domain = step.domain if self.partner == "other_site" else None
+            mixed = mix_with_partners(step.image, domain, own_share, self.window)
         return mixed.contiguous(memory_format=step.network.memory_format)
 
     def _restoration_error(self, bottleneck: Tensor, step: Step) -> Float[Tensor, ""]:
