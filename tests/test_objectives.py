@@ -243,25 +243,34 @@ def test_an_objective_without_forward_says_so() -> None:
 @pytest.mark.parametrize("regions", [(), REGIONS], ids=["classes", "regions"])
 @pytest.mark.parametrize("name", registry.OBJECTIVES)
 def test_every_objective_keeps_the_contract(name: str, regions: Any, patch_size: tuple[int, ...]) -> None:
-    """Finite scalars in float32 whose gradient reaches the network, and which add up to the total."""
+    """Finite scalars in float32 whose gradient reaches the network, or nothing but modules of their own."""
     torch.manual_seed(0)
-    config = load("baseline", [f"objectives={{{name} = {{weight = 0.5}}}}"])
+    teaches = registry.find("objective", name).teaches_network
+    beside = "" if teaches else "supervised = {weight = 0.0}, "
+    config = load("baseline", [f"objectives={{{beside}{name} = {{weight = 0.5}}}}"])
     learner = build_learner(config, plan(patch_size, regions), DOMAINS)
     image, label = torch.randn(2, 1, *patch_size), torch.randint(0, 4, (2, *patch_size))
     for progress in (0.0, 0.5, 1.0):
         learner.zero_grad()
         losses = learner(image, label, torch.tensor([0, 1]), progress)
         terms = [losses[term] for term in losses if term != "total"]
-        assert all(term == "total" or term.startswith(name) for term in losses)
+        assert all(term in ("total", "supervised") or term.startswith(name) for term in losses)
         assert all(t.shape == () and t.dtype == torch.float32 and torch.isfinite(t) for t in terms)
         torch.testing.assert_close(losses["total"], torch.stack(terms).sum())
         losses["total"].backward()
         gradients = [p.grad for p in learner.network.parameters() if p.grad is not None]
-        assert sum(float(g.abs().sum()) for g in gradients) > 0
-        assert all(bool(torch.isfinite(g).all()) for g in gradients)
+        assert (sum(float(g.abs().sum()) for g in gradients) > 0) == teaches
+        own = [p.grad for p in learner.objectives.parameters() if p.requires_grad and p.grad is not None]
+        assert teaches or sum(float(g.abs().sum()) for g in own) > 0
+        assert all(bool(torch.isfinite(g).all()) for g in [*gradients, *own])
     learner.after_step()
     reloaded = build_learner(config, plan(patch_size, regions), DOMAINS)
     reloaded.load_state_dict(learner.state_dict())  # what resuming needs
+
+
+def test_objectives_of_which_none_teaches_the_network_are_refused() -> None:
+    with pytest.raises(ConfigError, match="only reflection.*teaches the network"):
+        build_learner(load("baseline", ["objectives={reflection = {}}"]), plan(), DOMAINS)
 
 
 def test_settings_reach_objectives_and_unknown_ones_are_refused() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from anysite import registry
 from anysite.config import Config
 from anysite.diagnostics import compare_gradients, effective_rank
+from anysite.errors import ConfigError
 from anysite.networks import Network
 from anysite.objectives import Objective, Step
 from anysite.plan import Plan
@@ -95,6 +96,13 @@ def build_learner(config: Config, plan: Plan, domains: tuple[str, ...]) -> Learn
     """
     network = build_network(config, plan)
     objectives: dict[str, Any] = {}
+    if not any(registry.find("objective", name).teaches_network for name in config.objectives):
+        raise ConfigError(
+            f"only {', '.join(config.objectives)}",
+            where="objectives",
+            expected="one that teaches the network",
+            fix="add objectives.supervised={}",
+        )
     for name, settings in config.objectives.items():
         objective = registry.build("objective", name, **settings)
         objective.attach(network, plan, domains)

@@ -55,9 +55,11 @@ class Objective(nn.Module):
 
     Attributes:
         needs_label: Whether it reads `Step.label`; a training whose objectives all do without is a pretraining.
+        teaches_network: Whether the network feels it; otherwise it trains modules of its own beside the network.
     """
 
     needs_label: ClassVar[bool] = True
+    teaches_network: ClassVar[bool] = True
 
     def __init__(self, *, weight: float = 1.0) -> None:
         super().__init__()

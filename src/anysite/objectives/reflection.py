@@ -6,6 +6,8 @@ touches the network: at test time they tell how well a predicted mask explains i
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -39,6 +41,8 @@ class Reflection(Objective):
     Raises:
         ConfigError: a setting out of range.
     """
+
+    teaches_network: ClassVar[bool] = False
 
     def __init__(
         self,
