@@ -1,0 +1,94 @@
+"""What every adapter does to corrupted images of the training sites, on the phantom: gain, harm and cost.
+
+Run as `python benchmarks/adaptation.py [--steps 300] [--output FILE]`. One network is trained on three sites of the
+phantom with all that reflection needs; then held-out images of those sites are corrupted (severity 4) and adapted to,
+every one and without the guard. No image of the fourth site is looked at, so that settings may be chosen by this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anysite import atomic, config
+from anysite.config import PredictSettings, choose_adapter
+from anysite.corrupt import corrupt
+from anysite.data.layouts import open_dataset
+from anysite.data.phantom import write_phantom
+from anysite.references import mean_dice
+from anysite.segment import Segmenter
+from anysite.train import train
+
+CORRUPTIONS = ("gamma_dark", "low_contrast", "bias_field", "gaussian_noise", "motion_blur", "low_resolution")
+SETTINGS = [
+    "network.width=8", "train.batch_size=4", "plan.patch_size=[128,128]", "predict.flips=false",
+    'test_domains=["west"]', "objectives.reflection={}", "judge.detectors={}", "calibration.kind=none",
+]  # fmt: skip
+TRIALS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("refseg", {}),
+    ("refseg", {"learning_rate": 2e-3, "steps": 10}),
+    ("refseg", {"learning_rate": 1e-2}),
+    ("refseg", {"similarity": "correlation"}),
+    ("refseg", {"similarity": "mind"}),
+    ("denoising_prior", {}),
+    ("tent", {}),
+    ("reliable_entropy", {}),
+    ("fourier_prompt", {}),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        dataset = open_dataset(write_phantom(Path(name) / "phantom", patients_per_site=10))
+        settings = config.load("baseline", [*SETTINGS, f"train.steps={arguments.steps}", "train.threads=1"])
+        run = train(dataset, settings, Path(name) / "run")
+        held_out = [case for case in dataset.cases if case.id in run.splits["held_out"]]
+        images = [
+            (corrupt(case.image(), kind, 4, seed), dataset.label_of(case), dataset.known_to(case))
+            for seed, case in enumerate(held_out)
+            for kind in CORRUPTIONS
+        ]
+
+        def score(settings: PredictSettings) -> tuple[np.ndarray, float]:
+            segmenter, began = Segmenter([run], settings, "cpu"), time.perf_counter()
+            dice = [mean_dice(segmenter.segment(i).label, t, run.plan, k) or 0.0 for i, t, k in images]
+            return np.array(dice), time.perf_counter() - began
+
+        plain, plain_s = score(run.config.predict)
+        rows: list[dict[str, Any]] = [
+            {"adapter": "none", "images": len(images), "dice": round(plain.mean(), 4)}
+        ]
+        for adapter, own in TRIALS:
+            chosen = choose_adapter(run.config.predict, f"{adapter}:always")
+            adapt = chosen.adapt.model_copy(update={"settings": own})
+            dice, seconds = score(chosen.model_copy(update={"adapt": adapt}))
+            change = dice - plain
+            rows.append(
+                {
+                    "adapter": adapter, "settings": own, "gain": round(float(change.mean()), 4),
+                    "harmed": int((change < -0.01).sum()), "helped": int((change > 0.01).sum()),
+                    "worst": round(float(change.min()), 4), "times_plain": round(seconds / plain_s, 1),
+                }
+            )  # fmt: skip
+        report = json.dumps(rows, indent=1)
+    if arguments.output:
+        atomic.write_text(arguments.output, report + "\n")
+    print(report)
+
+
+if __name__ == "__main__":
+    main()
