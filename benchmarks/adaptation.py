@@ -1,6 +1,6 @@
 """What every adapter does to corrupted images of the training sites, on the phantom: gain, harm and cost.
 
-Run as `python benchmarks/adaptation.py [--steps 300] [--output FILE]`. One network is trained on three sites of the
+Run as `python benchmarks/adaptation.py [--steps 800] [--output FILE]`. One network is trained on three sites of the
 phantom with all that reflection needs; then held-out images of those sites are corrupted (severity 4) and adapted to,
 every one and without the guard. No image of the fourth site is looked at, so that settings may be chosen by this.
 """
@@ -47,7 +47,7 @@ TRIALS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
