@@ -30,6 +30,7 @@ from anysite.evaluate import evaluate, read_rows
 from anysite.guard import (
     NO_BETTER,
     NOT_JUDGED,
+    NOT_LEARNED,
     NOT_SHIFTED,
     NOTHING_FOUND,
     find_fault,
@@ -38,6 +39,7 @@ from anysite.guard import (
 from anysite.judge import Verdict
 from anysite.learner import build_learner
 from anysite.networks.synthesiser import Synthesiser
+from anysite.objectives import Step
 from anysite.objectives.reflection import Reflection, spoil_mask
 from anysite.plan import Normalisation, Plan
 from anysite.predict import predict
@@ -336,6 +338,7 @@ def test_nothing_found_is_nothing_to_adapt_by(run: Run, image: Volume) -> None:
         ("refseg", {"similarity": "mse"}, "similarity"),
         ("refseg", {"learning_rate": 0.0}, "learning_rate"),
         ("tent", {"subset": "last"}, "subset"),
+        ("tent", {"learning_rate": -1.0}, "learning_rate"),
         ("fourier_prompt", {"window": 0.0}, "window"),
         ("batch_statistics", {"source_share": 1.5}, "source_share"),
     ],
@@ -349,9 +352,8 @@ def test_what_a_method_lacks_is_said(run: Run, phantom: Dataset, tmp_path: Path)
     plain = train(phantom, small_config("train.steps=2"), tmp_path / "plain")
     with pytest.raises(ConfigError, match="a run without reflection"):
         attached("refseg", plain)
-    adapter = attached("batch_statistics", plain)
     with pytest.raises(ConfigError, match="without batch normalisation"):
-        adapter.adapt(windows_of(plain, phantom.cases[0].image()))
+        attached("batch_statistics", plain)
 
 
 def output(mask: np.ndarray, agreement: float | None = None) -> Output:
@@ -458,6 +460,59 @@ def test_objectives_that_go_astray_are_rolled_back(
         assert found.unadapted is None
 
 
+def test_values_that_are_not_finite_end_no_batch(
+    run: Run, phantom: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = [case for case in phantom.cases if case.domain == "west"][:2]
+
+    def diverge(adapter: Adapter, windows: Tensor) -> dict[str, float]:
+        return {"entropy_before": 0.3, "entropy_after": np.nan, "kept": 1.0}
+
+    def fail(adapter: Adapter, windows: Tensor) -> dict[str, float]:
+        raise RuntimeError("out of memory")
+
+    for name, adapt in (("diverged", diverge), ("failed", fail)):
+        monkeypatch.setattr(registry.find("adapter", "tent"), "adapt", adapt)
+        outcomes = list(predict([run], cases, tmp_path / name, dataset=phantom, adapt="tent:always"))
+        assert [outcome.status for outcome in outcomes] == ["done", "done"]
+        entry = json.loads((tmp_path / name / "predictions.json").read_text())["cases"][cases[0].id]
+        (adaptation,) = entry["adaptation"]
+        assert adaptation["facts"] == ({"entropy_before": 0.3, "kept": 1.0} if name == "diverged" else {})
+        assert adaptation["reason"] == (
+            "" if name == "diverged" else "it could not be computed (RuntimeError: out of memory)"
+        )
+
+
+def test_a_configured_adapter_costs_a_training_neither_calibration_nor_judge(
+    phantom: Dataset, tmp_path: Path
+) -> None:
+    settings = ["train.steps=2", "train.validation_fraction=0.3", JUDGED, "predict.adapt.method=auto"]
+    run = train(phantom, small_config(*settings), tmp_path / "run")
+    assert run.judge is not None
+    assert (run.path / "calibration.json").exists()
+    found = Segmenter([run]).segment(phantom.cases[0].image())
+    assert [adaptation.reason for adaptation in found.adaptations] == [NOT_LEARNED]
+    for wrong, message in (("predict.adapt.method=tnet", "tnet"), ("predict.task=heart", "heart")):
+        with pytest.raises(ConfigError, match=message):
+            train(phantom, small_config("train.steps=2", wrong), tmp_path / "wrong")
+        assert not (tmp_path / "wrong" / "run.json").exists()
+
+
+def test_images_without_a_label_teach_the_synthesiser_nothing(run: Run, phantom: Dataset) -> None:
+    learner = build_learner(small_config("objectives.reflection={width=4, prior_width=4}"), run.plan, ("a",))
+    reflection = dict(learner.named_objectives())["reflection"]
+    image, label = torch.randn(3, 1, 32, 32), torch.randint(0, 2, (3, 32, 32))
+    known = torch.tensor([[True], [False], [True]]).expand(3, len(run.plan.classes))
+
+    def losses(image: Tensor, label: Tensor, known: Tensor | None) -> list[float]:
+        torch.manual_seed(0)
+        step = Step(image, label, torch.zeros(len(image)).long(), 0.5, learner.network, known)
+        return [value.item() for value in reflection(step).values()]
+
+    assert losses(image, label, known) == pytest.approx(losses(image[[0, 2]], label[[0, 2]], None), rel=1e-5)
+    assert losses(image, label, torch.zeros_like(known)) == [0, 0]
+
+
 def test_prediction_keeps_both_masks_and_says_why(run: Run, phantom: Dataset, tmp_path: Path) -> None:
     cases = [case for case in phantom.cases if case.domain == "west"]
     adapting = run.config.predict.adapt.model_copy(
@@ -529,6 +584,13 @@ def test_a_benchmark_scores_every_adapter_beside_none(
     assert not list(benchmark(jobs, tmp_path / "rows.jsonl"))  # done
     with pytest.raises(ConfigError, match="unknown adapter"):
         list_jobs(phantom, phantom_folder, ["baseline"], [0], "leave-one-out", adapt=["tentt"])
+    for adapt, overrides, message in (
+        ("refseg", [], "without reflection"),
+        ("tent", ["predict.adapt.settings={similarity = 'mind'}"], "similarity"),
+        ("none", ["predict.adapt.method=tent"], "--adapt tent"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            list_jobs(phantom, phantom_folder, ["baseline"], [0], "leave-one-out", overrides, adapt=[adapt])
     with pytest.raises(ConfigError, match="tent:always"):
         list_jobs(phantom, phantom_folder, ["baseline"], [0], "leave-one-out", adapt=["tent:never"])
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from anysite.calibration import fold_unknown
 from anysite.config import AugmentSettings, Config, PlanSettings, TrainSettings
 from anysite.data import files
 from anysite.data.case import Case, Dataset
@@ -137,6 +138,9 @@ def test_structures_of_one_name_are_one_class_and_names_that_say_nothing_are_tol
         ({"name": "x", "datasets": {"a": {"path": "nowhere"}}}, "nowhere"),
         ({"name": "x", "datasets": {"a": {"path": "heart_mr", "labels": {"v": 8}}}}, "label values.*8"),
         ({"name": "x", "datasets": {"a": {"path": "heart_mr", "labels": {"v": 1, "w": [1, 2]}}}}, "labels"),
+        ({"name": "x", "datasets": {"a": {"path": "heart_mr", "labels": {"background": 1}}}}, "background"),
+        ({"name": "x", "datasets": {"a": {"path": "heart_mr", "labels": {}}}}, "structures none"),
+        ({"name": "x", "datasets": {"a": {"path": "organs.json"}}}, "a list itself"),
     ],
 )
 def test_a_wrong_list_is_refused_by_its_key(organs: Path, content: dict[str, Any], message: str) -> None:
@@ -293,6 +297,25 @@ def test_a_share_of_every_batch_is_without_labels_and_every_site_has_its_turn(or
         draw(labelled, plan, 1, others, batch_size=1, unlabelled_share=0.5)
 
 
+def test_leaving_out_a_whole_dataset_whose_classes_nobody_declares_is_refused_in_words(
+    tmp_path: Path,
+) -> None:
+    write_volumes(tmp_path / "one", {"a": 2}, declared={"liver": 1, "spleen": 2})
+    write_volumes(tmp_path / "two", {"b": 2})
+    path = write_list(tmp_path / "all.json", {"one": "one", "two": "two"})
+    with pytest.raises(LabelError, match="[Dd]eclare them in dataset.json"):
+        open_dataset(path, {"two/b"})
+    assert open_dataset(path, {"one/a"}).classes[-1] == "two_class_2"
+
+
+def test_classes_that_a_label_does_not_tell_of_are_background_to_calibration() -> None:
+    chances = np.array([[0.1, 0.6], [0.2, 0.3], [0.7, 0.1]])
+    folded = fold_unknown(chances, (0, 1), overlapping=False)
+    np.testing.assert_allclose(folded, [[0.8, 0.7], [0.2, 0.3], [0, 0]])
+    assert fold_unknown(chances, (0, 1, 2), overlapping=False) is chances
+    assert fold_unknown(chances, (0,), overlapping=True) is chances
+
+
 JOINT = ["plan.dimension=3d", "plan.patch_size=[16, 16, 16]", "network.depth=2", "train.sampling=task"]
 
 
@@ -348,6 +371,7 @@ def test_images_beyond_the_labelled_patients_are_learned_from_without_their_labe
     run = train(dataset, config, tmp_path / "run")
     assert sorted(run.splits["unlabelled"]) == sorted(case.id for case in splits.unlabelled)
     opened = open_run(tmp_path / "run")
+    assert set(run.manifest["train_domains"]) >= {case.domain for case in splits.unlabelled}
     # To the network they are known, whatever became of their labels.
     assert {split_of(case, [opened]) for case in splits.unlabelled} == {"training"}
     notes: list[str] = []

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from anysite import compute, config, registry
 from anysite.calibration import CALIBRATION_METRICS
-from anysite.config import PredictSettings, choose_adapter
+from anysite.config import choose_adapter
 from anysite.corrupt import CORRUPTIONS, fingerprint
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
@@ -94,8 +94,8 @@ def list_jobs(
         raise ConfigError(f"another dataset named {same[0]!r}", expected="a dataset of another name")
     adapters = dict.fromkeys([UNADAPTED, *adapt])
     for name in adapters:
-        if (method := choose_adapter(PredictSettings(), name).adapt.method) not in (UNADAPTED, "auto"):
-            registry.find("adapter", method)
+        for method in methods:
+            _check_adapter(config.load(method, overrides), name)
     domains = tuple(dict.fromkeys(case.domain for case in dataset.labelled))
     if test_domains and protocol != "leave-one-out":
         raise ConfigError(f"test sites with protocol {protocol!r}", expected="leave-one-out")
@@ -117,6 +117,28 @@ def list_jobs(
             corruptions, tuple(severities), named, tuple(adapters))
         for seed in seeds for count in labels for out in left_out for method in methods
     ]  # fmt: skip
+
+
+def _check_adapter(settings: config.Config, name: str) -> None:
+    """Find out before anything runs whether an adapter exists, takes its settings and will have what it needs.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if settings.predict.adapt.method != UNADAPTED:
+        raise ConfigError(
+            settings.predict.adapt.method, where="predict.adapt.method", expected="none in a benchmark",
+            fix=f"use --adapt {settings.predict.adapt.method}",
+        )  # fmt: skip
+    adapt = choose_adapter(settings.predict, name).adapt
+    if adapt.method in (UNADAPTED, "auto"):
+        return
+    adapter = registry.build("adapter", adapt.method, **adapt.settings)
+    if adapter.needs_reflection and "reflection" not in settings.objectives:
+        raise ConfigError(
+            f"--adapt {name} without reflection", expected="a training with the objective reflection",
+            fix="add --set objectives.reflection={}",
+        )  # fmt: skip
 
 
 def benchmark(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from anysite.calibration import fit_temperature, score_calibration, select_band
+from anysite.calibration import fit_temperature, fold_unknown, score_calibration, select_band
 from anysite.config import CalibrationSettings
 from anysite.data.case import Case, Dataset
 from anysite.errors import DataError, GeometryError, describe_error
@@ -75,16 +75,17 @@ def sample_voxels(
     chances = prediction.raw.array
     if not np.isfinite(chances).all():
         raise DataError("probabilities that are not finite", where=case.id)
-    label = dataset.label_of(case)
+    label, known = dataset.label_of(case), dataset.known_to(case)
     if not label.same_grid(prediction.label):
         raise GeometryError(
             f"a label of shape {label.shape}", where=case.id, expected=f"{prediction.label.shape}"
         )
-    band = select_band(prediction.label.array[0], label.array[0], label.spacing)
+    found = np.where(np.isin(prediction.label.array[0], known), prediction.label.array[0], 0)
+    band = select_band(found, label.array[0], label.spacing)
     voxels = np.flatnonzero(band)
     if len(voxels) > VOXELS_A_CASE:
         voxels = np.random.default_rng(0).choice(voxels, VOXELS_A_CASE, replace=False)
     return (
-        chances.reshape(len(chances), -1)[:, voxels],
+        fold_unknown(chances.reshape(len(chances), -1)[:, voxels], known, bool(segmenter.plan.regions)),
         segmenter.plan.as_maps(label.array[0].ravel()[voxels]),
     )

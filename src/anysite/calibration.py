@@ -125,6 +125,22 @@ def score_calibration(
     return {metric: scores[metric] for metric in metrics}
 
 
+def fold_unknown(
+    probabilities: Float[np.ndarray, "k *n"], known: Sequence[int], overlapping: bool
+) -> Float[np.ndarray, "k *n"]:
+    """Return probabilities in which classes that a label does not tell of count as background.
+
+    Where a dataset of several labels background, the structures of the others may be.
+    """
+    if overlapping or len(known) == len(probabilities):
+        return probabilities
+    unknown = [index for index in range(len(probabilities)) if index not in known]
+    folded = probabilities.copy()
+    folded[0] += folded[unknown].sum(0)
+    folded[unknown] = 0
+    return folded
+
+
 def count_reliability(
     probabilities: Float[np.ndarray, "k n"], truth: Bool[np.ndarray, "k n"], *, overlapping: bool
 ) -> Float[np.ndarray, "3 _"]:

@@ -197,7 +197,9 @@ class AdaptSettings(Settings):
         description="adapter; none: no adaptation; auto: refseg where the run has what it needs",
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="of the adapter")
-    windows: int = Field(default=4, gt=0, description="of the image, that hold most, adapted by")
+    windows: int = Field(
+        default=4, gt=0, description="of the image that it is adapted by, evenly from the fuller ones"
+    )
     only_shifted: bool = Field(
         default=True, description="adapt to images alone that the judge finds unlike those known"
     )

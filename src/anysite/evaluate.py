@@ -17,6 +17,7 @@ from anysite import atomic
 from anysite.calibration import (
     CALIBRATION_METRICS,
     count_reliability,
+    fold_unknown,
     score_calibration,
     select_band,
 )
@@ -165,28 +166,41 @@ def score_probabilities(
     mask: Volume,
     label: Volume,
     dataset: Dataset,
+    case: Case,
     metrics: Collection[str] = CALIBRATION_METRICS,
     where: object = "",
 ) -> list[Score]:
-    """Score the calibration near anything predicted or true.
+    """Score the calibration near anything predicted or true, of what the case's label tells of.
 
     Raises:
         GeometryError: the probabilities are of another shape than the label, or of other classes.
     """
-    groups = _groups_of(dataset)
+    chosen = [metric for metric in CALIBRATION_METRICS if metric in metrics]
+    chances, truth = _near_structures(probabilities, mask, label, dataset, case, where)
+    scores = score_calibration(chances, truth, overlapping=bool(dataset.regions), metrics=chosen)
+    return [Score(ALL_CLASSES, metric, value, "1") for metric, value in scores.items()]
+
+
+def _near_structures(
+    probabilities: Float[np.ndarray, "k *s"],
+    mask: Volume,
+    label: Volume,
+    dataset: Dataset,
+    case: Case,
+    where: object,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the probabilities `(K, N)` and the truth of the voxels near anything predicted or true."""
+    groups, known = _groups_of(dataset), dataset.known_to(case)
     if probabilities.shape != (len(groups), *label.shape):
         raise GeometryError(
             f"probabilities of shape {probabilities.shape}",
             where=where,
             expected=f"{(len(groups), *label.shape)}",
         )
-    band = select_band(mask.array[0], label.array[0], label.spacing)
+    found = np.where(np.isin(mask.array[0], known), mask.array[0], 0)
+    band = select_band(found, label.array[0], label.spacing)
     truth = np.stack([np.isin(label.array[0][band], group) for group in groups])
-    chosen = [metric for metric in CALIBRATION_METRICS if metric in metrics]
-    scores = score_calibration(
-        probabilities[:, band], truth, overlapping=bool(dataset.regions), metrics=chosen
-    )
-    return [Score(ALL_CLASSES, metric, value, "1") for metric, value in scores.items()]
+    return fold_unknown(probabilities[:, band], known, bool(dataset.regions)), truth
 
 
 def describe_verdict(verdict: Mapping[str, Any] | None) -> list[Score]:
@@ -325,10 +339,9 @@ def _score_saved(
         return [], None
     mask, label = files.read_label(mask_path), dataset.label_of(case)
     probabilities = read_probabilities(path)
-    scores = score_probabilities(probabilities, mask, label, dataset, where=path)
-    band = select_band(mask.array[0], label.array[0], label.spacing)
-    truth = np.stack([np.isin(label.array[0][band], group) for group in _groups_of(dataset)])
-    return scores, count_reliability(probabilities[:, band], truth, overlapping=bool(dataset.regions))
+    scores = score_probabilities(probabilities, mask, label, dataset, case, where=path)
+    chances, truth = _near_structures(probabilities, mask, label, dataset, case, path)
+    return scores, count_reliability(chances, truth, overlapping=bool(dataset.regions))
 
 
 def _groups_of(dataset: Dataset) -> list[tuple[int, ...]]:

@@ -237,7 +237,7 @@ def _score_corrupted(
             scores = score_volume(prediction.label, label, dataset, case, metrics=masked)
             if calibrated:
                 chances = prediction.probabilities.array
-                scores += score_probabilities(chances, prediction.label, label, dataset, calibrated)
+                scores += score_probabilities(chances, prediction.label, label, dataset, case, calibrated)
             if prediction.verdict:
                 scores += describe_verdict(asdict(prediction.verdict))
             scores += describe_adaptation([asdict(one) for one in prediction.adaptations])
@@ -253,7 +253,7 @@ def _judge_others(job: Job, run: runs.Run, name: str, path: Path, common: Row) -
     from anysite.data.layouts import open_dataset
     from anysite.segment import Segmenter
 
-    segmenter, rows = Segmenter([run]), []
+    segmenter, rows = Segmenter([run], config.choose_adapter(run.config.predict, UNADAPTED)), []
     for case in open_dataset(path).cases_by_turns[:OTHER_CASES]:
         try:
             verdict = segmenter.segment(case.image()).verdict

@@ -13,6 +13,7 @@ from anysite.judge import Verdict
 
 NOT_SHIFTED = "the image is like those known"
 NOT_JUDGED = "nothing says whether the image is unlike those known"
+NOT_LEARNED = "the run has learned nothing to adapt by"
 NOTHING_FOUND = "nothing was found to adapt by"
 NO_BETTER = "the method found nothing better"
 

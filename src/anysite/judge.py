@@ -17,6 +17,7 @@ LEAST = 5  # distances that a limit can be learned from, and patients that one c
 REJECT = 3.0  # times as far beyond the usual as where a review begins
 EMPTY_REASON = "nothing was found, which was so in fewer than one of twenty images known"
 COMBINED, QUALITY = "combined", "quality"  # scores that rest on those of all detectors
+LEAST_DISAGREEMENT = 0.1  # of an ensemble, that sends a mask to review, however high a Dice is asked for
 ENSEMBLE = "ensemble"  # disagreement of several networks
 COMBINED_REASON = "several signs together are unlike those of images it knows"
 QUALITY_REASON = "a lower Dice is to be expected than on images it knows"
@@ -286,7 +287,7 @@ def average_verdicts(
     known = [verdict.predicted_dice for verdict in verdicts if verdict.predicted_dice is not None]
     expected = None
     if agreement is not None:
-        means[ENSEMBLE] = (1 - agreement) / max(1 - least_dice, 1e-9)
+        means[ENSEMBLE] = (1 - agreement) / max(1 - least_dice, LEAST_DISAGREEMENT)
     if known and len(known) == len(verdicts):
         low, middle, high = np.mean(known, 0).tolist()
         expected = low, middle, high

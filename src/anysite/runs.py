@@ -74,7 +74,7 @@ class Run:
         Raises:
             RunError: the weights do not fit what the configuration describes.
         """
-        if REFLECTION not in self.manifest["files"]:
+        if REFLECTION not in self.manifest.get("files", {}):
             return None
         reflection: Reflection = registry.build(
             "objective", "reflection", **self.config.objectives["reflection"]

@@ -19,9 +19,10 @@ from anysite.calibration import Temperature
 from anysite.config import Config, PredictSettings
 from anysite.data.volume import Volume
 from anysite.detectors import Agreement, Layer, Output, add_layers
-from anysite.errors import ConfigError, RunError
+from anysite.errors import ConfigError, RunError, describe_error
 from anysite.guard import (
     NO_BETTER,
+    NOT_LEARNED,
     NOTHING_FOUND,
     Adaptation,
     find_fault,
@@ -133,11 +134,14 @@ class Segmenter:
         unadapted: list[np.ndarray] = []
         for member, judge, adapter in zip(self.members, self.judges, self.adapters, strict=True):
             grid = member.plan.to_grid(image)
-            before = after = self._predict(grid, member, watch=judge is not None)
+            watch = judge is not None or adapter is not None
+            before = after = self._predict(grid, member, watch=watch)
             verdict = None
             if judge is not None:
                 verdict = judge.judge(before, self.settings.least_dice)
                 verdicts.append(verdict)
+            if adapter is None and self.settings.adapt.method != "none":
+                adaptations.append(Adaptation(self.settings.adapt.method, False, NOT_LEARNED))
             if adapter is not None:
                 adaptation, after = self._adapt(grid, member, adapter, before, verdict, judge)
                 adaptations.append(adaptation)
@@ -210,12 +214,16 @@ class Segmenter:
         try:
             # Not the state of the process: the same image gives the same mask whatever came before it.
             with torch.random.fork_rng(devices=[]), self._autocast():
-                torch.manual_seed(0)
-                facts = adapter.adapt(windows.to(self.device).contiguous(memory_format=layout))
+                torch.default_generator.manual_seed(0)
+                observed = adapter.adapt(windows.to(self.device).contiguous(memory_format=layout))
+            facts = {name: value for name, value in observed.items() if math.isfinite(value)}
             if not facts.get("kept"):
                 return Adaptation(adapter.name, False, NO_BETTER, facts), before
             adapted = _Member(member.network, member.plan, member.config, adapter.predict)
             after = self._predict(grid, adapted, watch=before.agreement is not None)
+        except (RuntimeError, MemoryError) as error:  # the mask before is there already
+            reason = f"it could not be computed ({describe_error(error)})"
+            return Adaptation(adapter.name, False, reason), before
         finally:
             adapter.reset()
         fault, changed = find_fault(settings, before, after)

@@ -79,7 +79,11 @@ def mean_over(values: Float[Tensor, "b c *s"], region: Bool[Tensor, "b 1 *s"]) -
 def grow(region: Bool[Tensor, "b 1 *s"], voxels: int) -> Bool[Tensor, "b 1 *s"]:
     """Return a region with everything within so many voxels of it along the axes, a box."""
     pool = F.max_pool2d if region.ndim == 4 else F.max_pool3d
-    return pool(region.float(), 2 * voxels + 1, 1, voxels) > 0
+    grown = region.float()
+    for axis in range(region.ndim - 2):  # one after the other, which is much quicker
+        along = [int(other == axis) for other in range(region.ndim - 2)]
+        grown = pool(grown, [2 * voxels * a + 1 for a in along], 1, [voxels * a for a in along])
+    return grown > 0
 
 
 def describe_neighbourhoods(image: Float[Tensor, "b c *s"]) -> Float[Tensor, "n b c *s"]:

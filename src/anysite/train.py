@@ -18,7 +18,7 @@ from lightning_fabric import Fabric
 
 from anysite import compute, registry, runs
 from anysite.calibrate import calibrate
-from anysite.config import Config, PretrainSettings, differing_settings
+from anysite.config import Config, PretrainSettings, choose_adapter, differing_settings
 from anysite.data.case import Dataset
 from anysite.errors import ConfigError, RunError, describe_error
 from anysite.judge import Judge
@@ -117,6 +117,8 @@ def _start(job: _Job) -> None:
     threads = compute.use_threads(job.config.train.threads)
     plan = job.plan or learn_plan(splits.training, job.config.plan, threads)
     domains = splits.learned_domains
+    if job.config.predict.task:
+        plan.for_task(job.config.predict.task)
     learner = build_learner(job.config, plan, domains)  # so that a wrong setting leaves no run folder behind
     _check_start(job, splits, learner.network)
     Judge(job.config.judge)  # as above
@@ -124,7 +126,7 @@ def _start(job: _Job) -> None:
         "kind": "pretraining" if job.dataset.unlabelled else "segmentation",
         "dataset": job.dataset.name,
         # With few labelled patients a site may have none that is trained on; its held-out patients stay in domain.
-        "train_domains": list(splits.source_domains),
+        "train_domains": list(dict.fromkeys((*splits.source_domains, *splits.learned_domains))),
         "budget_s": job.budget_s,
         **job.facts,
     }
@@ -204,7 +206,9 @@ def _observe_source_cases(training: Training) -> tuple[dict[str, Any] | None, Ju
     run = runs.Run(path, config, training.plan, runs.read_splits(path), {})
     # A copy, because predicting by batch statistics would change the network.
     networks = [copy.deepcopy(network).eval()]
-    segmenter = Segmenter([run], accelerator=training.fabric.device.type, networks=networks)
+    # Of the plain network: neither adapted, nor told which of several datasets an image is like.
+    settings = choose_adapter(config.predict, "none").model_copy(update={"task": None})
+    segmenter = Segmenter([run], settings, training.fabric.device.type, networks)
     chosen = held_out.cases_by_turns[: config.calibration.cases]
     calibration, judge, failed = None, None, dict[str, str]()
     if chosen and config.calibration.kind != "none":
@@ -227,6 +231,9 @@ def _check_start(job: _Job, splits: Splits, network: Network) -> None:
         ConfigError: they do not, or a pretraining would need labels.
     """
     config = job.config
+    adapt = config.predict.adapt
+    if adapt.method not in ("none", "auto"):
+        registry.build("adapter", adapt.method, **adapt.settings)
     for name, settings in config.pretrain.objectives.items():
         registry.build("objective", name, **settings)  # so that a wrong setting is found now
         if registry.find("objective", name).needs_label:

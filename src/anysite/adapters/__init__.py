@@ -16,6 +16,7 @@ from anysite.networks import Network
 from anysite.objectives.reflection import Reflection
 from anysite.plan import Plan
 
+HIDDEN = -1e4  # a logit of no probability
 Subset = Literal["norm", "first", "all"]
 
 
@@ -62,8 +63,13 @@ class Adapter(ABC):
         self.network.load_state_dict(self._original)
 
     def probabilities(self, logits: Float[Tensor, "b k *p"]) -> Float[Tensor, "b k *p"]:
-        """Return what the plan makes of logits, in float32."""
-        return self.plan.as_probabilities(logits.float())
+        """Return what the plan makes of logits, in float32; of several datasets the one told counts alone."""
+        logits = logits.float()
+        if len(self.plan.variants) == 1:
+            known = self.plan.variants[0].classes
+            hidden = [index for index in range(self.plan.outputs) if index not in known]
+            logits = logits.index_fill(1, torch.tensor(hidden, device=logits.device), HIDDEN)
+        return self.plan.as_probabilities(logits)
 
 
 def choose_parameters(network: Network, subset: Subset) -> list[nn.Parameter]:
@@ -91,6 +97,12 @@ def choose_parameters(network: Network, subset: Subset) -> list[nn.Parameter]:
     for parameter in chosen:
         parameter.requires_grad_(True)
     return chosen
+
+
+def require_rate(adapter: str, learning_rate: float) -> None:
+    """Raise ConfigError unless a learning rate is above 0."""
+    if not learning_rate > 0:
+        raise ConfigError(f"{learning_rate}", where=f"adapter {adapter}.learning_rate", expected="above 0")
 
 
 def descend(

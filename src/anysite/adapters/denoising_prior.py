@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anysite.adapters import Adapter, Subset, choose_parameters, descend
+from anysite.adapters import Adapter, Subset, choose_parameters, descend, require_rate
 from anysite.adapters.refseg import soft_disagreement
 from anysite.networks import require_counts
 
@@ -28,6 +28,7 @@ class DenoisingPrior(Adapter):
 
     def __init__(self, *, subset: Subset = "norm", learning_rate: float = 1e-3, steps: int = 10) -> None:
         require_counts("adapter denoising_prior", steps=steps)
+        require_rate("denoising_prior", learning_rate)
         self.subset: Subset = subset
         self.learning_rate, self.steps = learning_rate, steps
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anysite.adapters import Adapter, descend, entropy
+from anysite.adapters import Adapter, descend, entropy, require_rate
 from anysite.errors import ConfigError
 from anysite.networks import require_counts
 
@@ -31,6 +31,7 @@ class FourierPrompt(Adapter):
         self, *, window: float = 0.02, learning_rate: float = 0.05, steps: int = 5, spread: float = 0.5
     ) -> None:
         require_counts("adapter fourier_prompt", steps=steps)
+        require_rate("fourier_prompt", learning_rate)
         if not 0 < window <= 0.5:
             raise ConfigError(f"{window}", where="adapter fourier_prompt.window", expected="above 0, to 0.5")
         self.window, self.learning_rate, self.steps, self.spread = window, learning_rate, steps, spread

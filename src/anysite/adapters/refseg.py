@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from anysite.adapters import Adapter, Subset, choose_parameters, divergence
-from anysite.errors import ConfigError
+from anysite.adapters import Adapter, Subset, choose_parameters, divergence, require_rate
 from anysite.networks import require_counts
 from anysite.similarity import compare, mean_over
 
@@ -51,8 +50,7 @@ class RefSeg(Adapter):
         patience: int = 3,
     ) -> None:
         require_counts("adapter refseg", steps=steps, patience=patience)
-        if learning_rate <= 0:
-            raise ConfigError(f"{learning_rate}", where="adapter refseg.learning_rate", expected="above 0")
+        require_rate("refseg", learning_rate)
         self.subset: Subset = subset
         self.similarity, self.learning_rate = similarity, learning_rate
         self.steps, self.shape_weight, self.anchor_weight = steps, shape_weight, anchor_weight

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from anysite.adapters import Adapter, Subset, choose_parameters, descend, divergence, entropy
+from anysite.adapters import Adapter, Subset, choose_parameters, descend, divergence, entropy, require_rate
 from anysite.networks import require_counts
 
 
@@ -36,6 +36,7 @@ class ReliableEntropy(Adapter):
         anchor_weight: float = 0.1,
     ) -> None:
         require_counts("adapter reliable_entropy", steps=steps)
+        require_rate("reliable_entropy", learning_rate)
         self.subset: Subset = subset
         self.learning_rate, self.steps = learning_rate, steps
         self.margin, self.anchor_weight = margin, anchor_weight

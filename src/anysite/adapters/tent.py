@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from anysite.adapters import Adapter, Subset, choose_parameters, descend, entropy
+from anysite.adapters import Adapter, Subset, choose_parameters, descend, entropy, require_rate
 from anysite.networks import require_counts
 
 
@@ -20,6 +20,7 @@ class Tent(Adapter):
 
     def __init__(self, *, subset: Subset = "norm", learning_rate: float = 1e-3, steps: int = 5) -> None:
         require_counts("adapter tent", steps=steps)
+        require_rate("tent", learning_rate)
         self.subset: Subset = subset
         self.learning_rate, self.steps = learning_rate, steps
 

@@ -117,6 +117,13 @@ def infer_classes(values: Collection[int], where: object = "") -> tuple[tuple[st
     Raises:
         LabelError: only background, or values too far apart to be class indices.
     """
+    if not values:
+        raise LabelError(
+            "no label to find the classes in",
+            where=where,
+            expected="labels of a site that is not a test site",
+            fix='declare them in dataset.json beside the data: "labels": {"background": 0, "name": value}',
+        )
     found, highest = sorted(values), max(values)
     if found == [0, 255]:
         return ("background", "foreground"), (0, 255)

@@ -72,7 +72,16 @@ def read_joint(path: Path) -> tuple[JointDeclaration, dict[str, Path]]:
     for name in declaration.datasets:
         if not re.fullmatch(r"[\w-]+", name):
             raise DataError(f"dataset {name!r}", where=path, expected="a name of letters, digits, _ and -")
-    return declaration, {name: path.parent / listed.path for name, listed in declaration.datasets.items()}
+    folders = {name: path.parent / listed.path for name, listed in declaration.datasets.items()}
+    for name, folder in folders.items():
+        if is_joint(folder):
+            raise DataError(
+                f"datasets.{name} is a list itself",
+                where=path,
+                expected="a dataset",
+                fix="list its datasets here",
+            )
+    return declaration, folders
 
 
 def join(declaration: JointDeclaration, datasets: Mapping[str, Dataset], where: Path) -> Dataset:
@@ -127,6 +136,11 @@ def _structures(
         found = {key: tuple(value) if isinstance(value, list) else (value,) for key, value in listed.items()}
         values = [value for group in found.values() for value in group]
         unknown = sorted(set(values) - set(dataset.label_values)) if dataset.label_values else []
+        if "background" in found or not found:
+            raise DataError(
+                f"structures {', '.join(found) or 'none'}", where=f"{where}: datasets.{name}.labels",
+                expected="at least one beside the background, which needs no naming",
+            )  # fmt: skip
         if unknown or len(set(values)) < len(values) or 0 in values:
             raise DataError(
                 f"label values {unknown or values}", where=f"{where}: datasets.{name}.labels",

@@ -75,8 +75,12 @@ class Reflection(Objective):
         self.prior = UNet(plan.outputs, plan.outputs, plan.patch_size, width=self.prior_width)
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        """Return the terms `synthesis` and `prior`."""
-        image, mask = self.target(step.image), self.as_maps(step.label)
+        """Return the terms `synthesis` and `prior`, of the samples that have a label."""
+        rows = slice(None) if step.known is None else step.known.any(1)
+        image, mask = self.target(step.image[rows]), self.as_maps(step.label[rows])
+        if not len(image):
+            nothing = step.image.new_zeros(()).float()
+            return {"synthesis": nothing, "prior": nothing}
         region = self.region(mask)
         drawn = self.synthesiser(blur_mask(mask))
         weight = torch.where(region, 1.0, OUTSIDE)

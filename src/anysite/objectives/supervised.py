@@ -90,7 +90,7 @@ class Supervised(Objective):
         if known is not None and not known.all():
             logits = hide_unknown(logits, known, self.unknown)
             # A class that no label of the batch tells of costs nothing, and shall not lower the mean.
-            told = (known.shape[1] - 1) / int(known.any(0)[1:].sum())
+            told = (known.shape[1] - 1) / max(1, int(known.any(0)[1:].sum()))
         if self.regions:
             maps = region_maps(label, self.regions)
             dice, cross_entropy = self.dice(logits, maps), self.cross_entropy(logits, maps)
