@@ -460,6 +460,19 @@ def test_objectives_that_go_astray_are_rolled_back(
         assert found.unadapted is None
 
 
+@pytest.mark.parametrize("kind", ["file", "mask"])
+def test_files_of_others_among_the_unadapted_masks_are_not_replaced(
+    kind: str, run: Run, phantom: Dataset, tmp_path: Path
+) -> None:
+    case = phantom.cases[-1]
+    mine = tmp_path / "unadapted" if kind == "file" else tmp_path / "unadapted" / f"{case.id}.png"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(ConfigError, match="would be replaced"):
+        list(predict([run], [case], tmp_path, dataset=phantom, adapt="tent:always"))
+    assert mine.read_text() == "mine"
+
+
 def test_values_that_are_not_finite_end_no_batch(
     run: Run, phantom: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,8 +44,12 @@ class Manifest:
         Raises:
             ConfigError: there is such a file.
         """
-        present = {path.name for path in self.output.iterdir()} if self.output.is_dir() else set()
-        others = [name for name in names if name in present and name not in self.digests]
+
+        def is_taken(path: Path) -> bool:
+            # A file where a folder has to be is in the way as well.
+            return path.exists() or (path.parent != self.output and path.parent.is_file())
+
+        others = [name for name in names if name not in self.digests and is_taken(self.output / name)]
         if others:
             more = f" and {len(others) - 1} more files" if len(others) > 1 else ""
             raise ConfigError(
