@@ -52,6 +52,6 @@ bench: install
 lock:
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --universal --no-header --no-annotate --no-emit-index-url --python-version 3.11 \
-		--extra development --constraint requirements.pins pyproject.toml \
+		--extra development --extra dicom --extra itk --constraint requirements.pins pyproject.toml \
 		| grep -vE '^(nvidia-|cuda-|triton|torch==)' > requirements.lock
 	cat requirements.pins >> requirements.lock
