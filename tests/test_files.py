@@ -28,8 +28,9 @@ def label_map(shape: tuple[int, ...], seed: int, classes: int = 4) -> Volume:
     if len(shape) == 2:
         return Volume.of_pixels(array)
     affine = np.eye(4)
-    affine[:3] = rng.normal(size=(3, 4)).astype(np.float32)  # NIfTI keeps 32 bits of it
-    return Volume(array, affine)
+    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    affine[:3] = np.c_[turn * rng.uniform(0.3, 4, 3), rng.normal(size=3)]
+    return Volume(array, affine.astype(np.float32).astype(float))  # NIfTI keeps 32 bits of it
 
 
 @relaxed

@@ -218,7 +218,7 @@ def _predict_case(
 ) -> dict[str, Any]:
     prediction: Prediction = segmenter.segment(case.image())
     mask, probabilities = mask_name(case), probabilities_name(case)
-    files.write_label(prediction.label, manifest.output / mask)
+    files.write_label(prediction.label, manifest.output / mask, like=case.image_paths[0])
     digest = manifest.add_file(mask)
     if save_probabilities:
         write_probabilities(prediction.probabilities, manifest.output / probabilities)
@@ -228,7 +228,7 @@ def _predict_case(
     unadapted = unadapted_name(case)
     if prediction.unadapted is not None:
         (manifest.output / unadapted).parent.mkdir(exist_ok=True)
-        files.write_label(prediction.unadapted, manifest.output / unadapted)
+        files.write_label(prediction.unadapted, manifest.output / unadapted, like=case.image_paths[0])
         manifest.add_file(unadapted)
     else:
         manifest.remove_files([unadapted])

@@ -83,8 +83,14 @@ def read_label(path: Path) -> Volume:
     return volume.with_array(whole.astype(np.int32))
 
 
-def write_label(volume: Volume, path: Path) -> None:
+def write_label(volume: Volume, path: Path, like: Path | None = None) -> None:
     """Write a label map atomically, and read it back to compare every voxel and the affine.
+
+    Args:
+        volume: Class indices `(1, *S)`.
+        path: Where to; the suffix chooses the format.
+        like: The image it belongs to; in a file of the same format the mask says of its place what the image
+            says, word for word.
 
     Raises:
         FileFormatError: the suffix has no writer, or what was read back differs.
@@ -97,7 +103,8 @@ def write_label(volume: Volume, path: Path) -> None:
         raise FileFormatError("JPEG would alter class indices", where=path, expected="a lossless format")
     try:
         with atomic.replacing(path) as temporary:
-            FORMATS[suffix].write_label(volume, temporary)
+            same_format = like is not None and FORMATS.get(suffix_of(like)) is FORMATS[suffix]
+            FORMATS[suffix].write_label(volume, temporary, like if same_format else None)
             written = read_label(temporary)
             if not np.array_equal(written.array, volume.array) or not written.same_grid(volume):
                 raise FileFormatError("the mask read back differs from the one written", where=path)

@@ -9,8 +9,11 @@ from pathlib import Path
 import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.nifti1 import Nifti1Header
+from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 
+from anysite.data.nifti_place import copy_place, find_affine
 from anysite.data.volume import Volume
 from anysite.errors import FileFormatError, GeometryError
 
@@ -27,7 +30,7 @@ def read(path: Path) -> Volume:
 
     Raises:
         FileFormatError: not NIfTI, truncated, or larger than `MAX_VOXELS`.
-        GeometryError: fewer than two or more than four axes, or an unusable affine.
+        GeometryError: fewer than two or more than four axes, or a header that `find_affine` refuses.
     """
     try:
         image = nibabel.load(path)
@@ -37,6 +40,7 @@ def read(path: Path) -> Volume:
             raise FileFormatError(f"{shape} voxels", where=path, expected=f"at most {MAX_VOXELS}")
         offset = int(image.dataobj.offset)  # pyright: ignore[reportAttributeAccessIssue]
         _require_length(path, offset + int(np.prod(shape)) * dtype.itemsize)
+        affine = find_affine(_read_header(path, type(image.header)))
         array = np.asanyarray(image.dataobj)
     except (FileFormatError, GeometryError):
         raise
@@ -55,15 +59,35 @@ def read(path: Path) -> Volume:
             f"a NIfTI of shape {shape}", where=path, expected="3 axes, or 4 with channels last"
         )
     channels_first = array[None] if array.ndim == 3 else np.moveaxis(array, -1, 0)
-    return Volume(np.ascontiguousarray(channels_first), np.asarray(image.affine, float))
+    return Volume(np.ascontiguousarray(channels_first), affine)
 
 
-def write_label(volume: Volume, path: Path) -> None:
-    """Write a label map `(1, X, Y, Z)` with the volume's affine as sform and qform."""
+def write_label(volume: Volume, path: Path, like: Path | None = None) -> None:
+    """Write a label map `(1, X, Y, Z)` placed by the volume's affine, as sform and qform.
+
+    Args:
+        volume: The label map.
+        path: A file name with a NIfTI suffix.
+        like: The NIfTI image it belongs to, whose statements on its place are then repeated as they are.
+    """
     dtype = np.uint8 if volume.array.max() < 256 else np.uint16
-    image = nibabel.Nifti1Image(volume.array[0].astype(dtype), volume.affine)
-    image.header.set_xyzt_units("mm")
-    nibabel.save(image, path)
+    array = volume.array[0].astype(dtype)
+    if like is None:
+        image = nibabel.Nifti1Image(array, volume.affine)
+        image.set_qform(volume.affine, 2)  # the sform's code, which the constructor sets
+        image.header.set_xyzt_units("mm")
+    else:
+        source = nibabel.load(like)
+        assert isinstance(source, nibabel.Nifti1Image)  # NIfTI-2, whose numbers are longer, is one too
+        image = type(source)(array, source.affine)
+        copy_place(_read_header(like, type(source.header)), image.header)
+    image.to_filename(path)
+
+
+def _read_header(path: Path, kind: type[Nifti1Header]) -> Nifti1Header:
+    """Return the header as it lies in the file: nibabel's loader mends, say, a voxel size of 0 into 1."""
+    with ImageOpener(str(path)) as file:
+        return kind.from_fileobj(file, check=False)
 
 
 def _require_length(path: Path, expected: int) -> None:

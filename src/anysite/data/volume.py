@@ -15,11 +15,13 @@ from nibabel.orientations import (
     io_orientation,
     ornt_transform,
 )
+from numpy.typing import DTypeLike
 from scipy import ndimage
 
 from anysite.errors import GeometryError
 
 Interpolation = Literal["linear", "cubic", "label"]
+TIE_BREAK = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +137,11 @@ class Volume:
         if interpolation == "label":
             array = np.zeros((1, *shape), self.array.dtype)
             best = np.zeros((1, *shape), np.float32)
+            nearest = _zoomed(self.array[0], zoom, shape, 0, self.array.dtype)
             for value in np.unique(self.array):
                 score = _zoomed(self.array[0] == value, zoom, shape, 1)[None]
+                # Halfway between two voxels all ties would fall to the lower value, and organs would shrink.
+                score += TIE_BREAK * (nearest == value)
                 array[score > best] = value
                 np.maximum(best, score, out=best)
         else:
@@ -148,7 +153,9 @@ class Volume:
         return replace(self, array=array, affine=self.affine @ to_old)
 
 
-def _zoomed(channel: np.ndarray, zoom: np.ndarray, shape: tuple[int, ...], order: int) -> np.ndarray:
-    result = np.empty(shape, np.float32)
-    ndimage.zoom(channel.astype(np.float32), zoom, output=result, order=order, mode="nearest", grid_mode=True)
+def _zoomed(
+    channel: np.ndarray, zoom: np.ndarray, shape: tuple[int, ...], order: int, dtype: DTypeLike = np.float32
+) -> np.ndarray:
+    result = np.empty(shape, dtype)
+    ndimage.zoom(channel.astype(dtype), zoom, output=result, order=order, mode="nearest", grid_mode=True)
     return result
