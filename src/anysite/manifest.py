@@ -152,9 +152,9 @@ def unadapted_name(case: Case) -> str:
 
 
 def mask_suffix(case: Case) -> str:
-    """Return the suffix of a case's mask: its image's own, or PNG where that kind would alter indices."""
+    """Return the suffix of a case's mask: its image's own, or of a kind that alters no index and is one file."""
     suffix = files.suffix_of(case.image_paths[0])
-    return ".png" if suffix in (".jpg", ".jpeg") else suffix
+    return {".jpg": ".png", ".jpeg": ".png", ".mhd": ".mha"}.get(suffix, suffix)
 
 
 def probabilities_name(case: Case) -> str:

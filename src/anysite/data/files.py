@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 
 from anysite import atomic
-from anysite.data import image2d, nifti
+from anysite.data import image2d, itk, nifti
 from anysite.data.volume import Volume
 from anysite.errors import FileFormatError, GeometryError, LabelError
 
 FORMATS = {
     ".nii": nifti,
     ".nii.gz": nifti,
+    ".nrrd": itk,
+    ".mha": itk,
+    ".mhd": itk,
     ".png": image2d,
     ".jpg": image2d,
     ".jpeg": image2d,
@@ -101,6 +104,8 @@ def write_label(volume: Volume, path: Path, like: Path | None = None) -> None:
         raise FileFormatError("an unknown file format", where=path, expected=f"one of {', '.join(FORMATS)}")
     if suffix in (".jpg", ".jpeg"):
         raise FileFormatError("JPEG would alter class indices", where=path, expected="a lossless format")
+    if suffix == ".mhd":
+        raise FileFormatError("MHD would be two files", where=path, expected="MHA, which is one")
     try:
         with atomic.replacing(path) as temporary:
             same_format = like is not None and FORMATS.get(suffix_of(like)) is FORMATS[suffix]

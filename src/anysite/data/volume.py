@@ -22,6 +22,8 @@ from anysite.errors import GeometryError
 
 Interpolation = Literal["linear", "cubic", "label"]
 TIE_BREAK = 1e-4
+SPACING_MM = (1e-4, 1e4)  # anything beyond is a damaged header
+COSINE_OF_SHEAR = 0.02  # axes that meet at 90 degrees give or take one
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +153,26 @@ class Volume:
         to_old = np.diag([*(1 / zoom), 1.0])
         to_old[:-1, -1] = (1 / zoom - 1) / 2
         return replace(self, array=array, affine=self.affine @ to_old)
+
+
+def require_usable(affine: np.ndarray) -> None:
+    """Refuse an affine `(4, 4)` in mm that is no grid with right angles and voxels of a credible size.
+
+    Raises:
+        GeometryError: voxels of no size, beyond all sizes or not finite, or axes over a degree from right angles.
+    """
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not (np.isfinite(affine).all() and SPACING_MM[0] <= spacing.min() <= spacing.max() <= SPACING_MM[1]):
+        sizes = " x ".join(f"{size:g}" for size in spacing)
+        raise GeometryError(f"voxels of {sizes} mm", expected="voxel sizes above 0", fix="mend the header")
+    directions = affine[:3, :3] / spacing
+    cosine = abs(directions.T @ directions - np.eye(3)).max()
+    if cosine > COSINE_OF_SHEAR:
+        raise GeometryError(
+            f"axes that meet at {np.degrees(np.arccos(min(1.0, cosine))):.1f} degrees",
+            expected="a grid with right angles",
+            fix="resample the image and its label to one",
+        )
 
 
 def _zoomed(
