@@ -314,3 +314,99 @@ def test_labels_of_unseen_sites_are_not_looked_at(tmp_path: Path) -> None:
     assert len(open_dataset(tmp_path, unseen=("b",)).classes) == 2
     (tmp_path / "b" / "masks" / "b1.png").write_bytes(b"not a picture")
     assert len(open_dataset(tmp_path, unseen=("b",)).classes) == 2
+
+
+def test_a_datalist_names_every_file(tmp_path):
+    for name in ("images/a.png", "images/a2.png", "images/b.png", "masks/a_seg.png", "masks/b_seg.png"):
+        save(tmp_path / name, 0, 1)
+    training = [
+        {
+            "image": ["images/a.png", "images/a2.png"],
+            "label": "masks/a_seg.png",
+            "site": "X",
+            "patient_id": 7,
+        },
+        {"image": ["images/b.png", "images/b.png"], "label": "masks/b_seg.png", "case": "b", "fold": 2},
+    ]
+    declare(
+        tmp_path / "list.json", name="N", training=training, validation=["images/b.png"],
+        labels={"0": "background", "1": "vessel"}, test=["images/z.png"],
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"2 names of two cases|1 names of two cases: b"):
+        open_dataset(tmp_path / "list.json")
+    declare(tmp_path / "dataset.json", name="N", training=training, labels={"0": "background", "1": "vessel"})
+    for path in (tmp_path, tmp_path / "dataset.json"):
+        dataset = open_dataset(path)
+        assert dataset.classes == ("background", "vessel")
+        assert files_of(dataset) == {"a_seg": ["a.png", "a2.png"], "b": ["b.png", "b.png"]}
+        assert [(c.patient, c.domain) for c in dataset.cases] == [("7", "X"), ("b", "N")]
+    declare(tmp_path / "dataset.json", training=[{"label": "a"}])
+    with pytest.raises(DataError, match=r"training.0.image: Field required; expected"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "SubjectID,Channel_0,Channel_1,Label",
+        "case_id,image_0,image_1,mask",
+        "case,modality_0,modality_1,ground_truth",
+    ],
+)
+def test_manifests_under_other_names(tmp_path, header):
+    for name in ("a.png", "b.png", "m.png"):
+        save(tmp_path / name, 0, 1)
+    (tmp_path / "train.csv").write_text(f"{header},Site\n1,a.png,b.png,m.png,X\n2,b.png,a.png,m.png,Y\n")
+    dataset = open_dataset(tmp_path / "train.csv")
+    assert files_of(dataset) == {"1": ["a.png", "b.png"], "2": ["b.png", "a.png"]}
+    assert dataset.domains == ("X", "Y")
+    assert all(case.label_path == tmp_path / "m.png" for case in dataset.cases)
+
+
+@pytest.fixture
+def bids(tmp_path):
+    root = tmp_path / "study"
+    for subject in ("01", "02"):
+        for session in ("pre", "post"):
+            stem = f"sub-{subject}_ses-{session}"
+            anat = f"sub-{subject}/ses-{session}/anat"
+            for suffix in ("T1w", "FLAIR"):
+                save(root / anat / f"{stem}_{suffix}.png", 0, 1, 2)
+            save(root / "derivatives/manual" / anat / f"{stem}_space-orig_desc-rater1_dseg.png", 0, 1, 2)
+    declare(root / "dataset_description.json", Name="study", BIDSVersion="1.8.0")
+    (root / "participants.tsv").write_text("participant_id\tage\tsite\nsub-01\t61\tX\nsub-02\t62\tY\n")
+    (root / "derivatives" / "manual" / "dseg.tsv").write_text("index\tname\n1\tlesion\n2\tcyst\n")
+    return root
+
+
+def test_bids(bids):
+    dataset = open_dataset(bids)
+    assert dataset.classes == ("background", "lesion", "cyst")
+    assert files_of(dataset)["sub-01_ses-post"] == ["sub-01_ses-post_FLAIR.png", "sub-01_ses-post_T1w.png"]
+    assert [(c.patient, c.domain) for c in dataset.cases] == [("sub-01", "X")] * 2 + [("sub-02", "Y")] * 2
+    assert len(dataset.labelled) == 4
+    (bids / "participants.tsv").unlink()
+    assert open_dataset(bids).domains == ("study",)
+
+
+def test_bids_faults(bids):
+    twin = bids / "derivatives/automatic/sub-01/ses-pre/anat/sub-01_ses-pre_dseg.png"
+    save(twin, 0, 1)
+    with pytest.raises(DataError, match="two segmentations of sub-01_ses-pre"):
+        find_cases(bids)
+    twin.unlink()
+    (bids / "participants.tsv").write_text("participant_id\tsite\nsub-01\tn/a\n")
+    with pytest.raises(DataError, match="no site for sub-01"):
+        find_cases(bids)
+    (bids / "participants.tsv").unlink()
+    (bids / "sub-02/ses-pre/anat/sub-02_ses-pre_FLAIR.png").unlink()
+    with pytest.raises(DataError, match="sub-02_ses-pre has T1w; expected FLAIR, T1w"):
+        find_cases(bids)
+    (bids / "derivatives/manual/dseg.tsv").write_text("index\tlabel\n1\tlesion\n")
+    (bids / "sub-02/ses-pre/anat/sub-02_ses-pre_T1w.png").unlink()
+    with pytest.raises(DataError, match="columns index and name"):
+        find_cases(bids)
+    save(bids / "sub-02/ses-pre/anat/sub-02_pre_T1w.png", 0)
+    (bids / "derivatives/manual/dseg.tsv").unlink()
+    with pytest.raises(DataError, match="the name sub-02_pre_T1w.png"):
+        find_cases(bids)

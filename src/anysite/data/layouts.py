@@ -13,17 +13,26 @@ from dataclasses import replace
 from pathlib import Path
 
 from anysite import atomic
-from anysite.data import files, joint
+from anysite.data import bids, datalist, files, joint
 from anysite.data.case import Case, Dataset
 from anysite.data.classes import Declaration, count_values, declare_classes, infer_classes, read_declaration
 from anysite.errors import DataError, LabelError
 
 MANIFESTS = ("index.csv", "dataset.csv", "manifest.csv")
 MASK_FOLDERS = ("masks", "labels")
+DATALISTS = ("dataset.json", "datalist.json")
 EXPECTED = (
-    f"a CSV manifest ({', '.join(MANIFESTS)}), an nnU-Net folder (dataset.json, imagesTr, labelsTr), "
-    "<site>/images and <site>/masks, or a JSON file that lists datasets"
+    f"a CSV manifest ({', '.join(MANIFESTS)}), an nnU-Net folder (dataset.json, imagesTr, labelsTr), a datalist "
+    "(JSON with training), BIDS (dataset_description.json, sub-*, derivatives), <site>/images and <site>/masks, "
+    "or a JSON file that lists datasets"
 )
+# What other programs call the columns of a manifest: GaNDLF, BIDS, and common usage.
+COLUMN_NAMES = {
+    "case": ("subjectid", "case_id", "caseid"),
+    "patient": ("patient_id", "patientid", "participant_id", "subject", "subject_id"),
+    "domain": ("site", "center", "centre", "hospital"),
+    "label": ("mask", "segmentation", "ground_truth"),
+}
 
 
 def open_dataset(path: Path, unseen: Collection[str] = ()) -> Dataset:
@@ -106,15 +115,19 @@ def find_cases(path: Path) -> Dataset:
 
 def _layout(path: Path) -> Callable[[Path], Dataset] | None:
     if path.is_file():
-        return (
-            _from_manifest if path.suffix.lower() == ".csv" else _from_list if joint.is_joint(path) else None
-        )
+        if path.suffix.lower() == ".csv":
+            return _from_manifest
+        return _from_list if joint.is_joint(path) else _from_datalist if datalist.is_datalist(path) else None
     if any((path / name).is_file() for name in MANIFESTS):
         return _from_manifest
     if (path / "imagesTr").is_dir() and (path / "dataset.json").is_file():
         return _from_nnunet
     if path.name in ("imagesTr", "imagesTs") and (path.parent / "dataset.json").is_file():
         return _from_nnunet
+    if any(datalist.is_datalist(path / name) for name in DATALISTS):
+        return _from_datalist
+    if bids.is_bids(path):
+        return _from_bids
     if (path / "images").is_dir() or any(_sites_in(path)):
         return _from_folders
     return None
@@ -123,6 +136,21 @@ def _layout(path: Path) -> Callable[[Path], Dataset] | None:
 def _from_list(path: Path) -> Dataset:
     declaration, folders = joint.read_joint(path)
     return joint.join(declaration, {name: find_cases(folder) for name, folder in folders.items()}, path)
+
+
+def _from_datalist(path: Path) -> Dataset:
+    if path.is_dir():
+        path = next(path / name for name in DATALISTS if datalist.is_datalist(path / name))
+    declaration = read_declaration(path)
+    domain = declaration.name or path.resolve().parent.name
+    return _dataset(path.parent, datalist.read_datalist(path, domain), declaration)
+
+
+def _from_bids(path: Path) -> Dataset:
+    declaration = read_declaration(path / "dataset.json")
+    if not declaration.labels:
+        declaration = declaration.model_copy(update={"labels": bids.read_class_names(path)})
+    return _dataset(path, bids.find_cases(path, declaration.name or path.resolve().name), declaration)
 
 
 def _from_manifest(path: Path) -> Dataset:
@@ -184,7 +212,7 @@ def _read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]
     rows = []
     try:
         table = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
-        columns = [column.strip().lower() for column in table.fieldnames or []]
+        columns = _standard_names([column.strip().lower() for column in table.fieldnames or []])
         table.fieldnames = columns
         for row in table:
             if None in row:
@@ -195,6 +223,21 @@ def _read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]
     if len(set(columns)) < len(columns):
         raise DataError(f"two columns of one name among {', '.join(columns)}", where=path)
     return columns, rows
+
+
+def _standard_names(columns: list[str]) -> list[str]:
+    """Return the columns under our names, where a table has them under another program's."""
+    renamed = {
+        column: "image" if number == "0" else f"image_{number}"
+        for column in columns
+        if (match := re.fullmatch(r"(?:channel|modality|image)_(\d+)", column)) and (number := match[1])
+        if "image" not in columns
+    }
+    for name, others in COLUMN_NAMES.items():
+        other = next((column for column in others if column in columns), None)
+        if other is not None and name not in columns:
+            renamed[other] = name
+    return [renamed.get(column, column) for column in columns]
 
 
 def _from_nnunet(path: Path) -> Dataset:
