@@ -157,7 +157,7 @@ def segment_by_value(image: Volume, plan: Plan) -> Volume:
     """Return the label map of an image whose intensities are its classes, over the plan's grid and back."""
     grid = plan.to_grid(image)[0]
     maps = torch.stack([1 - (grid - value).abs().clamp(max=1) for value in range(8)])
-    return plan.decide(plan.from_grid(maps, image))
+    return image.with_array(plan.decide(plan.from_grid(maps, image).array)[None])
 
 
 def marker_positions(path: Path) -> dict[int, np.ndarray]:

@@ -19,7 +19,7 @@ from anysite.config import JudgeSettings
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
-from anysite.detectors import Detector, Layer, Output, add_layers
+from anysite.detectors import Agreement, Detector, Layer, Output, add_layers
 from anysite.detectors.mahalanobis import learn_components, measure
 from anysite.detectors.spectral import signature, split_signatures
 from anysite.errors import ConfigError, FileFormatError, RunError
@@ -42,7 +42,7 @@ from anysite.predict import predict
 from anysite.references import learn_references
 from anysite.report.read import read_sources
 from anysite.runs import Run
-from anysite.segment import Segmenter, compare_masks, count_agreement, sum_layer
+from anysite.segment import Segmenter, count_agreement, count_shared, sum_layer
 from anysite.train import train
 from anysite.verdicts import read_verdicts
 from conftest import small_config
@@ -414,11 +414,11 @@ def test_agreement_of_masks_is_their_mean_pairwise_dice() -> None:
         for one, other in pairs
         for a, b in zip(one, other, strict=True)
     ]
-    assert compare_masks(views) == pytest.approx(np.mean(expected))
+    assert Agreement(count_shared(views)).pairwise_dice == pytest.approx(np.mean(expected))
     nothing = np.zeros((2, 6, 7), bool)
-    assert compare_masks([nothing, nothing]) == 1
+    assert Agreement(count_shared([nothing, nothing])).pairwise_dice == 1
     # What only one of them found is a disagreement, what none found is none.
-    assert compare_masks([nothing, np.stack([nothing[0], ~nothing[1]])]) == 0
+    assert Agreement(count_shared([nothing, np.stack([nothing[0], ~nothing[1]])])).pairwise_dice == 0
 
 
 def test_references_hold_no_image_and_an_altered_judge_is_noticed(run: Run, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nibabel.orientations import aff2axcodes
+from scipy import ndimage
 
-from anysite.data.volume import Volume
+from anysite.data.volume import Volume, interpolate
 from anysite.errors import GeometryError
 
 AXES = ["".join(order) for letters in product("RL", "AP", "SI") for order in permutations(letters)]
@@ -97,6 +98,18 @@ def test_label_resampling_is_the_largest_interpolated_class(shape, seed, new_sha
     np.testing.assert_array_equal(resampled.array[clear], classes[np.argmax(scores, axis=0)][clear])
     own = np.take_along_axis(np.array(scores), np.searchsorted(classes, resampled.array)[None], 0)[0]
     np.testing.assert_allclose(own, np.max(scores, axis=0), atol=0.001)  # of a tie, one that takes part
+
+
+@settings(deadline=None, max_examples=60)
+@given(shapes, shapes, st.sampled_from([0, 1, 3]), seeds)
+def test_interpolation_is_scipys(shape, new_shape, order, seed):
+    array = np.random.default_rng(seed).normal(size=shape)
+    expected = np.empty(new_shape)
+    zoom = np.divide(new_shape, shape)
+    ndimage.zoom(array, zoom, output=expected, order=order, mode="nearest", grid_mode=True)
+    found = interpolate(array, new_shape, order)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def test_halfway_between_two_voxels_the_nearest_one_counts():

@@ -165,7 +165,7 @@ def _turn(
     if probabilities.ndim == mask.dimension + 1 and len(probabilities) == plan.outputs:
         orders = (probabilities, np.moveaxis(probabilities, 0, -1).T)
         fitting = [turned for turned in orders if turned.shape[1:] == mask.shape]
-        alike = [_agreement(plan.decide(mask.with_array(turned)), mask) for turned in fitting]
+        alike = [_agreement(mask.with_array(plan.decide(turned)[None]), mask) for turned in fitting]
         if alike and max(alike) >= AGREE:
             return np.ascontiguousarray(fitting[int(np.argmax(alike))])
     raise GeometryError(

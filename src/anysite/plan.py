@@ -10,14 +10,14 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Integer
-from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
 
 from anysite.config import PlanSettings
 from anysite.data.case import Case, Dataset
-from anysite.data.volume import Volume
+from anysite.data.volume import Volume, interpolation_matrix
 from anysite.errors import ConfigError, DataError, GeometryError
 
 ANISOTROPY_LIMIT = 3.0
@@ -165,31 +165,53 @@ class Plan(BaseModel):
 
         Values are interpolated linearly where the spacings differ and are untouched where they agree.
         """
-        shape = native.oriented(self.axes).shape
-        if tuple(probabilities.shape[1:]) != shape:
-            mode = "bilinear" if probabilities.ndim == 3 else "trilinear"
-            probabilities = F.interpolate(
-                probabilities[None].float(), size=shape, mode=mode, align_corners=False
-            )[0]
-        array = probabilities.float().cpu().numpy()
+        everything = slice(0, native.shape[0])
+        return native.with_array(self.rows_from_grid(probabilities, native, everything))
+
+    def rows_from_grid(
+        self, probabilities: Float[Tensor, "k *s"], native: Volume, rows: slice
+    ) -> Float[np.ndarray, "k *t"]:
+        """Return the part of `from_grid` that lies at `rows` of the image's first axis, by itself.
+
+        So that the probabilities of a large volume never have to lie in memory on its own grid.
+        """
+        # Not by the turned affine: of slices tilted by 45 degrees it may name the axes differently.
+        transform = np.array([[0, 1], [1, 1]])
         if native.dimension == 3:
-            # Not by the turned affine: of slices tilted by 45 degrees it may name the axes differently.
-            back = ornt_transform(axcodes2ornt(self.axes), io_orientation(native.affine))
-            array = np.moveaxis(apply_orientation(np.moveaxis(array, 0, -1), back), -1, 0)
-        return native.with_array(np.ascontiguousarray(array))
+            transform = ornt_transform(axcodes2ornt(self.axes), io_orientation(native.affine))
+        order, flipped = transform[:, 0].astype(int), transform[:, 1] < 0
+        shape = [native.shape[axis] for axis in order]
+        first = int(np.flatnonzero(order == 0)[0])
+        wanted = np.arange(native.shape[0])[rows]
+        if flipped[first]:
+            wanted = native.shape[0] - 1 - wanted
+        array = probabilities.float().movedim(1 + first, 1)
+        others = [axis for axis in range(len(shape)) if axis != first]
+        array = _interpolate_rows(array, shape[first], wanted)
+        size = [shape[axis] for axis in others]
+        if list(array.shape[2:]) != size:
+            mode = "linear" if len(size) == 1 else "bilinear"
+            planes = array.flatten(0, 1)[:, None]
+            array = F.interpolate(planes, size=size, mode=mode, align_corners=False).view(
+                *array.shape[:2], *size
+            )
+        turned = [2 + position for position, axis in enumerate(others) if flipped[axis]]
+        # `others` have to come in the order that the image's axes have.
+        places = [0, 1, *(2 + others.index(axis) for axis in np.argsort(order)[1:])]
+        return np.ascontiguousarray(array.flip(turned).permute(places).cpu().numpy())
 
     def as_probabilities(self, logits: Float[Tensor, "*b"], channel: int = 1) -> Float[Tensor, "*b"]:
         """Return softmax over classes, or sigmoid for overlapping regions, along the `channel` axis."""
         return torch.sigmoid(logits) if self.regions else torch.softmax(logits, dim=channel)
 
-    def decide(self, probabilities: Volume) -> Volume:
-        """Return the label map of class indices `(1, *S)`: the largest class, or regions painted in order."""
+    def decide(self, probabilities: Float[np.ndarray, "k *s"]) -> Integer[np.ndarray, "*s"]:
+        """Return the class index of every voxel: the largest class, or regions painted in order."""
         if not self.regions:
-            return probabilities.with_array(probabilities.array.argmax(axis=0)[None].astype(np.int32))
-        label = np.zeros((1, *probabilities.shape), np.int32)
-        for probability, index in zip(probabilities.array, self.region_classes, strict=True):
-            label[0][probability > 0.5] = index
-        return probabilities.with_array(label)
+            return probabilities.argmax(axis=0).astype(np.int32)
+        label = np.zeros(probabilities.shape[1:], np.int32)
+        for probability, index in zip(probabilities, self.region_classes, strict=True):
+            label[probability > 0.5] = index
+        return label
 
     def as_maps(self, label: Integer[np.ndarray, "*s"]) -> Bool[np.ndarray, "k *s"]:
         """Return for every class or region whether each voxel of a label map of class indices is of it."""
@@ -442,6 +464,19 @@ def _choose_normalisation(
             )
         )
     return tuple(result)
+
+
+def _interpolate_rows(
+    array: Float[Tensor, "k n *s"], size: int, wanted: Integer[np.ndarray, "r"]
+) -> Float[Tensor, "k r *s"]:
+    """Return rows `wanted` of the second axis, if it had `size` of them over the same extent."""
+    if array.shape[1] == size:
+        return array[:, torch.from_numpy(wanted)]
+    weights = interpolation_matrix(array.shape[1], size, order=1)[wanted]
+    needed = np.flatnonzero(weights.any(axis=0))
+    near = slice(int(needed[0]), int(needed[-1]) + 1)
+    matrix = torch.from_numpy(weights[:, near])
+    return torch.einsum("rn,kn...->kr...", matrix, array[:, near])
 
 
 def _normalise(channel: np.ndarray, normalisation: Normalisation) -> np.ndarray:

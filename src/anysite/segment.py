@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,36 @@ from anysite.plan import Plan
 from anysite.runs import Run, is_pretraining
 
 AUTO = "refseg"  # the adapter of `auto`
+BLOCK_VALUES = 2**26  # probabilities on an image's own grid in memory at a time
 POSITIONS = 4096  # of a window that a layer's sums are taken over
+
+
+@dataclass(frozen=True, eq=False)
+class GridMaps:
+    """The probabilities of one or several networks on their plans' grids, and the way to an image's own.
+
+    Attributes:
+        native: The image's own grid; its voxels are not kept.
+        parts: A plan and the probabilities `(K, *S)` on its grid for each network.
+    """
+
+    native: Volume
+    parts: tuple[tuple[Plan, Tensor], ...]
+
+    def rows(self, rows: slice) -> list[Float[np.ndarray, "k *t"]]:
+        """Return every network's probabilities at some rows of the image's first axis."""
+        return [plan.rows_from_grid(maps, self.native, rows) for plan, maps in self.parts]
+
+    def blocks(self) -> Iterator[slice]:
+        """Yield rows that together are the image, as many at a time as leave memory to others."""
+        voxels = math.prod(self.native.shape[1:]) * sum(len(maps) for _, maps in self.parts)
+        step = max(1, BLOCK_VALUES // voxels)
+        for start in range(0, self.native.shape[0], step):
+            yield slice(start, min(start + step, self.native.shape[0]))
+
+    def mean(self) -> Volume:
+        """Return the probabilities of all networks together on the image's own grid, `(K, *S)` in memory."""
+        return self.native.with_array(np.concatenate([_average(self.rows(r)) for r in self.blocks()], axis=1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,16 +74,16 @@ class Prediction:
 
     Attributes:
         label: Class indices `(1, *S)` on the image's own grid.
-        raw: Probabilities as the networks say them, one map a class or region `(K, *S)`, on the same grid.
-        temperature: That calibrates them; it changes no voxel of the label.
-        overlapping: Whether they are of regions.
+        maps: What the networks say, on their plans' grids.
+        temperature: That calibrates it; it changes no voxel of the label.
+        overlapping: Whether the maps are of regions.
         verdict: What to do with the label; none where no run has a judge.
         adaptations: What became of adapting each run's network to the image; empty where none was asked for.
         unadapted: The label without adaptation, where that differs.
     """
 
     label: Volume
-    raw: Volume
+    maps: GridMaps
     temperature: Temperature
     overlapping: bool
     verdict: Verdict | None
@@ -62,9 +91,18 @@ class Prediction:
     unadapted: Volume | None = None
 
     @property
+    def raw(self) -> Volume:
+        """The probabilities as the networks say them, one map a class or region `(K, *S)`, on the image's own grid.
+
+        Computed anew each time, because few want them and they take memory.
+        """
+        return self.maps.mean()
+
+    @property
     def probabilities(self) -> Volume:
-        """The calibrated probabilities, computed anew each time because few want them and they take memory."""
-        return self.raw.with_array(self.temperature.apply(self.raw.array, self.overlapping))
+        """The calibrated probabilities, like `raw` computed anew each time."""
+        raw = self.raw
+        return raw.with_array(self.temperature.apply(raw.array, self.overlapping))
 
 
 class Segmenter:
@@ -130,8 +168,8 @@ class Segmenter:
         """
         verdicts: list[Verdict] = []
         adaptations: list[Adaptation] = []
-        maps: list[np.ndarray] = []
-        unadapted: list[np.ndarray] = []
+        first: list[tuple[Plan, Tensor]] = []
+        last: list[tuple[Plan, Tensor]] = []
         for member, judge, adapter in zip(self.members, self.judges, self.adapters, strict=True):
             grid = member.plan.to_grid(image)
             watch = judge is not None or adapter is not None
@@ -145,27 +183,20 @@ class Segmenter:
             if adapter is not None:
                 adaptation, after = self._adapt(grid, member, adapter, before, verdict, judge)
                 adaptations.append(adaptation)
-            maps.append(member.plan.from_grid(torch.from_numpy(after.probabilities), image).array)
-            same = after is before
-            plain = (
-                maps[-1]
-                if same
-                else member.plan.from_grid(torch.from_numpy(before.probabilities), image).array
-            )
-            unadapted.append(plain)
-        mean = image.with_array(_average(maps))
-        label = self.plan.decide(mean)
-        first = None
+            first.append((member.plan, torch.from_numpy(before.probabilities)))
+            last.append((member.plan, torch.from_numpy(after.probabilities)))
+        native = image.without_voxels()
+        maps = GridMaps(native, tuple(last))
+        label, agreement = self._decide(maps)
+        unadapted = None
         if any(adaptation.kept for adaptation in adaptations):
-            first = self.plan.decide(image.with_array(_average(unadapted)))
-        views = [self._as_maps(one) for one in maps] if len(maps) > 1 else []
+            unadapted, _ = self._decide(GridMaps(native, tuple(first)))
         verdict = None
         if verdicts:
             empty, least_dice = not label.array.any(), self.settings.least_dice
-            agreement = compare_masks(views) if views else None
             verdict = average_verdicts(verdicts, self.reasons, empty, least_dice, agreement)
         overlapping = bool(self.plan.regions)
-        return Prediction(label, mean, self.temperature, overlapping, verdict, tuple(adaptations), first)
+        return Prediction(label, maps, self.temperature, overlapping, verdict, tuple(adaptations), unadapted)
 
     def observe(self, image: Volume, flips: bool | None = None) -> Output:
         """Return what an image makes of the first run's network, on its plan's grid.
@@ -179,7 +210,21 @@ class Segmenter:
 
     def label_of(self, output: Output, image: Volume) -> Volume:
         """Return the label map on an image's own grid that an output of the first run's network means."""
-        return self.plan.decide(self.plan.from_grid(torch.from_numpy(output.probabilities), image))
+        part = (self.members[0].plan, torch.from_numpy(output.probabilities))
+        return self._decide(GridMaps(image, (part,)))[0]
+
+    def _decide(self, maps: GridMaps) -> tuple[Volume, float | None]:
+        """Return the label map on the image's own grid, and the mean Dice of each two of several networks."""
+        label = np.empty((1, *maps.native.shape), np.int32)
+        shared: np.ndarray | None = None
+        for rows in maps.blocks():
+            views = maps.rows(rows)
+            label[0, rows] = self.plan.decide(_average(views))
+            if len(views) > 1:
+                counted = count_shared([self._as_maps(view) for view in views])
+                shared = counted if shared is None else shared + counted
+        agreement = None if shared is None else Agreement(shared).pairwise_dice
+        return maps.native.with_array(label), agreement
 
     def _build_adapter(self, run: Run, member: _Member) -> Adapter | None:
         method = self.settings.adapt.method
@@ -350,10 +395,10 @@ def count_agreement(views: Sequence[Float[Tensor, "b k *s"]], overlapping: bool)
     return Agreement(shared.permute(1, 2, 0).double().cpu().numpy())
 
 
-def compare_masks(views: Sequence[Bool[np.ndarray, "m *s"]]) -> float:
-    """Return the mean Dice of each two of several segmentations of one image, over what either found."""
+def count_shared(views: Sequence[Bool[np.ndarray, "m *s"]]) -> Float[np.ndarray, "v v m"]:
+    """Return how many voxels each two of several segmentations of one image share, for every class or region."""
     shared = [[[(a & b).sum() for a, b in zip(one, other, strict=True)] for other in views] for one in views]
-    return Agreement(np.array(shared, float)).pairwise_dice
+    return np.array(shared, float)
 
 
 def use_batch_statistics(network: nn.Module, where: Path) -> None:

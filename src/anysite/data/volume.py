@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -15,13 +16,13 @@ from nibabel.orientations import (
     io_orientation,
     ornt_transform,
 )
-from numpy.typing import DTypeLike
 from scipy import ndimage
 
 from anysite.errors import GeometryError
 
 Interpolation = Literal["linear", "cubic", "label"]
 TIE_BREAK = 1e-4
+BLOCK_VOXELS = 2**24
 SPACING_MM = (1e-4, 1e4)  # anything beyond is a damaged header
 COSINE_OF_SHEAR = 0.02  # axes that meet at 90 degrees give or take one
 
@@ -93,6 +94,10 @@ class Volume:
             raise GeometryError(f"an array of spatial shape {array.shape[1:]}", expected=f"{self.shape}")
         return replace(self, array=array)
 
+    def without_voxels(self) -> Volume:
+        """Return the grid alone: one broadcast zero has the shape and takes no memory."""
+        return self.with_array(np.broadcast_to(np.uint8(0), (1, *self.shape)))
+
     def same_grid(self, other: Volume, tolerance_voxels: float = 0.02) -> bool:
         """Tell whether both lie on one grid: equal shape, and corners apart by a rounded header's error at most."""
         if self.shape != other.shape or self.unit != other.unit:
@@ -135,20 +140,20 @@ class Volume:
         shape = tuple(shape)
         if shape == self.shape:
             return self
-        zoom = np.array(shape) / np.array(self.shape)
         if interpolation == "label":
             array = np.zeros((1, *shape), self.array.dtype)
             best = np.zeros((1, *shape), np.float32)
-            nearest = _zoomed(self.array[0], zoom, shape, 0, self.array.dtype)
+            nearest = interpolate(self.array[0], shape, 0)
             for value in np.unique(self.array):
-                score = _zoomed(self.array[0] == value, zoom, shape, 1)[None]
+                score = interpolate(self.array[0] == value, shape, 1)[None]
                 # Halfway between two voxels all ties would fall to the lower value, and organs would shrink.
                 score += TIE_BREAK * (nearest == value)
                 array[score > best] = value
                 np.maximum(best, score, out=best)
         else:
             order = 3 if interpolation == "cubic" else 1
-            array = np.stack([_zoomed(channel, zoom, shape, order) for channel in self.array])
+            array = np.stack([interpolate(channel, shape, order) for channel in self.array])
+        zoom = np.array(shape) / np.array(self.shape)
         # Voxel centres: index i of the new grid lies at (i + 1/2) / zoom - 1/2 of the old one.
         to_old = np.diag([*(1 / zoom), 1.0])
         to_old[:-1, -1] = (1 / zoom - 1) / 2
@@ -175,9 +180,34 @@ def require_usable(affine: np.ndarray) -> None:
         )
 
 
-def _zoomed(
-    channel: np.ndarray, zoom: np.ndarray, shape: tuple[int, ...], order: int, dtype: DTypeLike = np.float32
-) -> np.ndarray:
-    result = np.empty(shape, dtype)
-    ndimage.zoom(channel.astype(dtype), zoom, output=result, order=order, mode="nearest", grid_mode=True)
-    return result
+def interpolate(array: np.ndarray, shape: Sequence[int], order: int) -> np.ndarray:
+    """Return an array in float32 with `shape` over the same extent: nearest, linear or cubic B-spline interpolation.
+
+    What `scipy.ndimage.zoom` does, axis by axis with the one first that shrinks most, and in blocks, so that a
+    large volume needs little more memory than what comes out.
+    """
+    for axis in sorted(range(array.ndim), key=lambda axis: shape[axis] / array.shape[axis]):
+        if shape[axis] != array.shape[axis]:
+            array = _apply_along(interpolation_matrix(array.shape[axis], shape[axis], order), array, axis)
+    return array.astype(np.float32, copy=False)
+
+
+@lru_cache(maxsize=32)
+def interpolation_matrix(size: int, new_size: int, order: int) -> np.ndarray:
+    """Return the weights `(new_size, size)` of the old voxels in the new ones; outermost values go on outside."""
+    result = np.empty((new_size, size))
+    unit_vectors = np.eye(size)
+    ndimage.zoom(
+        unit_vectors, (new_size / size, 1), output=result, order=order, mode="nearest", grid_mode=True
+    )
+    return result.astype(np.float32)
+
+
+def _apply_along(matrix: np.ndarray, array: np.ndarray, axis: int) -> np.ndarray:
+    moved = np.moveaxis(array, axis, 0)
+    result = np.empty((len(matrix), *moved.shape[1:]), np.float32)
+    step = max(1, BLOCK_VOXELS * moved.shape[1] // moved.size) if moved.ndim > 1 else 1
+    for start in range(0, moved.shape[1], step):
+        block = np.ascontiguousarray(moved[:, start : start + step], np.float32)
+        result[:, start : start + step] = np.tensordot(matrix, block, 1)
+    return np.moveaxis(result, 0, axis)
