@@ -66,10 +66,11 @@ class Case:
         Raises:
             DataError: the case has no label.
             FileFormatError, LabelError: the file is no label map.
+            GeometryError: DICOM that does not lie on the image's grid.
         """
         if self.label_path is None:
             raise DataError("a case without a label", where=self.id)
-        return files.read_label(self.label_path)
+        return files.read_label(self.label_path, self.image_paths[0])
 
 
 @dataclass(frozen=True)
