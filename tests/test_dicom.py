@@ -320,6 +320,8 @@ def test_cases_are_named_after_folders(tmp_path):
     assert [case.id for case in open_images(root / "carl.zip")] == ["carl_4", "carl_9"]
     assert [case.id for case in open_images(Path(f"{root / 'bert'}#9"))] == ["bert_9"]
     assert [case.id for case in open_images(root / "loose.dcm")] == ["loose"]
+    (root / "bert" / "b0_0").write_bytes(b"DICM".rjust(132, b"\0"))  # a bad case stops no other
+    assert sorted(case.id for case in open_images(root))[1] == "bert"
     (root / "empty").mkdir()
     with pytest.raises(DataError, match="no images"):
         open_images(root / "empty")
@@ -355,6 +357,16 @@ def test_a_dataset_may_name_folders_and_zips(tmp_path):
     (nnunet / "dataset.json").write_text('{"labels": {"background": 0, "x": 1}}')
     (case,) = open_dataset(nnunet).cases
     assert case.label().same_grid(case.image())
+
+
+def test_stored_messages_name_no_folders_above_a_series(tmp_path):
+    several(tmp_path / "study")
+    case = open_images(tmp_path / "study")[0]
+    (tmp_path / "study" / "a1_0").write_bytes(b"")
+    (tmp_path / "study" / "b0_0").write_bytes(b"DICM".rjust(132, b"\0"))
+    with pytest.raises(DataError) as caught:
+        case.image()
+    assert case.without_folders(str(caught.value)) == "study: b0_0: a DICOM file without content."
 
 
 def test_a_digest_changes_with_any_file_of_a_folder(tmp_path):

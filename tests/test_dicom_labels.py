@@ -21,7 +21,7 @@ from anysite.data.check import check_dataset
 from anysite.data.dicom_contours import fill_polygon
 from anysite.data.layouts import open_dataset
 from anysite.data.volume import Volume
-from anysite.errors import DataError, FileFormatError, GeometryError, LabelError
+from anysite.errors import ConfigError, DataError, FileFormatError, GeometryError, LabelError
 from dicom_files import ROOT, SECRETS, enhanced, header, series, set_pixels, uid, voxels, write, write_file
 from test_dicom import ORIENTATIONS, picture, several
 
@@ -391,7 +391,7 @@ def test_a_dicom_dataset_from_check_to_report(tmp_path):
     refused = CliRunner().invoke(
         app, ["predict", *map(str, (tmp_path / "run", data)), "--output", "x", "--format", "y"]
     )
-    assert refused.exit_code == 2
+    assert isinstance(refused.exception, ConfigError)
     assert not [text for text in (*SECRETS, ROOT) if text in said]
     assert '"mm"' in call("info", data / "case0", "--json")
 

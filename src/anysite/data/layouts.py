@@ -289,7 +289,10 @@ def _series_of(path: Path) -> dict[str, Path]:
     """Return the image of a path; of DICOM each series by its number, and none where it holds other objects."""
     if files.suffix_of(path) != files.DICOM or files.has_choice(path):
         return {files.stem_of(path): path}
-    numbers = files.list_series(path)
+    try:
+        numbers = files.list_series(path)
+    except DataError:  # one bad case stops no batch: reading it says what is wrong
+        return {files.stem_of(path): path}
     if not numbers:
         return {}
     if len(numbers) == 1:
