@@ -19,6 +19,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from nibabel.openers import Opener
 
 SIDE = 512
 SPACING_MM = (0.75, 0.75, 1.0)
@@ -55,7 +56,7 @@ def write_ct(folder: Path, name: str, slices: int, seed: int) -> None:
     affine = np.diag([*SPACING_MM, 1.0])
     for kind, array in (("images", image), ("masks", label)):
         (folder / kind).mkdir(parents=True, exist_ok=True)
-        nibabel.openers.Opener.default_compresslevel = 1
+        Opener.default_compresslevel = 1
         nibabel.Nifti1Image(array, affine).to_filename(folder / kind / f"{name}.nii.gz")
 
 

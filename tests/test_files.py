@@ -207,7 +207,7 @@ def test_values_that_are_no_label_or_no_number(tmp_path):
 
 
 def test_names():
-    nifti, other = Path("x/a.b.NII.GZ"), Path("a.dcm")
+    nifti, other = Path("x/a.b.NII.GZ"), Path("a.xyz")
     assert (files.suffix_of(nifti), files.stem_of(nifti)) == (".nii.gz", "a.b")
     assert (files.suffix_of(other), files.stem_of(other)) == ("", "a")
     with pytest.raises(FileFormatError, match="no such file"):

@@ -188,7 +188,7 @@ def sweep(folder: Path, state: str, spacing: tuple[float, ...], suffix: str) -> 
         np.testing.assert_allclose(volume.affine, expected, atol=1e-3, rtol=0)
         # The plan's grid has its slices along the last axis of the phantom, wherever the file has them.
         along = list(volume.oriented("RAS").spacing)
-        files.write_label(segment_by_value(volume, grid_plan(tuple(along))), mask, like=source)
+        files.write_label(segment_by_value(volume, grid_plan(tuple(along))), mask, image_path=source)
         written = nibabel.Nifti1Image.from_filename(mask)
         np.testing.assert_array_equal(np.asarray(written.dataobj), turned)
         for name in ("qform_code", "sform_code", "srow_x", "srow_y", "srow_z", "quatern_b", "qoffset_x"):
@@ -245,7 +245,7 @@ def test_a_mask_takes_nothing_else_from_its_image(tmp_path):
     image.header.extensions.append(Nifti1Extension("comment", b"Jane Doe"))
     image.to_filename(tmp_path / "image.nii")
     volume = files.read(tmp_path / "image.nii")
-    files.write_label(volume, tmp_path / "mask.nii", like=tmp_path / "image.nii")
+    files.write_label(volume, tmp_path / "mask.nii", image_path=tmp_path / "image.nii")
     content = (tmp_path / "mask.nii").read_bytes()
     assert b"Jane" not in content
     assert b"1970" not in content
@@ -255,7 +255,7 @@ def test_nifti_2_is_answered_in_kind(tmp_path):
     affine = np.diag([1 / 3, 0.7, 2.0, 1.0])  # what 32 bits cannot hold
     nibabel.Nifti2Image(phantom(), affine).to_filename(tmp_path / "image.nii.gz")
     volume = files.read(tmp_path / "image.nii.gz")
-    files.write_label(volume, tmp_path / "mask.nii.gz", like=tmp_path / "image.nii.gz")
+    files.write_label(volume, tmp_path / "mask.nii.gz", image_path=tmp_path / "image.nii.gz")
     np.testing.assert_array_equal(files.read(tmp_path / "mask.nii.gz").affine, affine)
 
 

@@ -65,14 +65,14 @@ def test_a_mask_keeps_every_voxel_and_the_place(tmp_path, suffix, classes):
     source, mask = tmp_path / f"image{suffix}", tmp_path / f"mask{suffix}"
     SimpleITK.WriteImage(image, str(source))
     volume = files.read(source)
-    files.write_label(volume, mask, like=source)
+    files.write_label(volume, mask, image_path=source)
     np.testing.assert_array_equal(files.read_label(mask).array, volume.array)
     np.testing.assert_allclose(files.read_label(mask).affine, volume.affine, rtol=1e-15)
     assert SimpleITK.ReadImage(str(mask)).GetSpacing() == pytest.approx((1 / 3, 0.7, 2.1), rel=1e-15)
     assert b"Doe" not in mask.read_bytes()
     other = tmp_path / f"of_nifti{suffix}"
     nibabel.Nifti1Image(volume.array[0], volume.affine).to_filename(tmp_path / "image.nii")
-    files.write_label(volume, other, like=tmp_path / "image.nii")
+    files.write_label(volume, other, image_path=tmp_path / "image.nii")
     assert files.read_label(other).same_grid(volume)
 
 

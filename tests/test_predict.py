@@ -220,7 +220,7 @@ def test_a_case_that_fails_is_named_and_the_rest_goes_on(phantom: Dataset, run: 
 def test_a_full_disk_leaves_no_partial_file(
     phantom: Dataset, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill(volume: Volume, path: Path, like: Path | None = None) -> None:
+    def fill(volume: Volume, path: Path, image_path: Path | None = None) -> None:
         path.write_bytes(b"half a mask")
         raise OSError(errno.ENOSPC, "No space left on device")
 

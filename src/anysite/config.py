@@ -212,6 +212,9 @@ class AdaptSettings(Settings):
     )
 
 
+MaskFormat = Literal["auto", "nifti", "dicom_seg", "dicom_seg_labelmap"]
+
+
 class PredictSettings(Settings):
     """Sliding-window inference."""
 
@@ -219,6 +222,9 @@ class PredictSettings(Settings):
     flips: bool = Field(default=True, description="test-time augmentation by mirroring")
     batch_size: int = Field(default=8, gt=0)
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    format: MaskFormat = Field(
+        default="auto", description="of masks; auto: the image's own kind, NIfTI for DICOM images"
+    )
     calibrate: bool = Field(default=True, description="scale probabilities by the run's temperature")
     least_dice: float = Field(
         default=0.7,

@@ -7,7 +7,7 @@ from typing import Any
 
 from anysite import atomic
 from anysite.data import files
-from anysite.data.layouts import open_dataset
+from anysite.data.layouts import is_dataset, open_dataset
 from anysite.errors import FileFormatError
 
 
@@ -19,13 +19,13 @@ def describe(path: Path) -> dict[str, Any]:
         AnysiteError: what lies there cannot be read.
     """
     path = Path(path)
-    if not path.exists():
+    if not files.exists(path):
         raise FileFormatError("no such file or folder", where=path)
     if (path / "run.json").is_file():
         return _describe_run(path)
     if path.is_dir() and any(path.glob("predictions*.json")):
         return _describe_predictions(path)
-    if path.is_file() and files.suffix_of(path):
+    if files.suffix_of(path) and not is_dataset(path):
         volume = files.read(path)
         return {
             "kind": "image",

@@ -111,8 +111,8 @@ def evaluate(
                 result += scores
             entry = manifest["cases"].get(case.id, {})
             result += describe_verdict(entry.get("verdict")) + describe_adaptation(entry.get("adaptation"))
-            if unadapted_name(case) in manifest["files"]:
-                result += _score_unadapted(case, folder / unadapted_name(case), dataset)
+            if (unadapted := unadapted_name(path.name)) in manifest["files"]:
+                result += _score_unadapted(case, folder / unadapted, dataset)
         except AnysiteError as error:
             result = str(error)
         on_case(case.id)
@@ -308,7 +308,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def _score_mask(case: Case, path: Path, dataset: Dataset, ours: bool, tolerance: float) -> list[Score]:
     label = dataset.label_of(case)
-    mask = files.read_label(path)
+    mask = files.read_label(path, case.image_paths[0])
     if not mask.same_grid(label):
         raise GeometryError(
             f"a mask of shape {mask.shape} and spacing {_listed(mask.spacing)}",
@@ -326,7 +326,8 @@ def _score_mask(case: Case, path: Path, dataset: Dataset, ours: bool, tolerance:
 def _score_unadapted(case: Case, path: Path, dataset: Dataset) -> list[Score]:
     if not path.is_file():
         return []
-    scores = score_volume(files.read_label(path), dataset.label_of(case), dataset, case, metrics=["dice"])
+    mask = files.read_label(path, case.image_paths[0])
+    scores = score_volume(mask, dataset.label_of(case), dataset, case, metrics=["dice"])
     return [Score(ALL_CLASSES, UNADAPTED_DICE, _mean([score.value for score in scores]), "1")]
 
 
@@ -337,7 +338,7 @@ def _score_saved(
     path = mask_path.parent / probabilities_name(case)
     if not path.is_file() or atomic.sha256(path) != digest:
         return [], None
-    mask, label = files.read_label(mask_path), dataset.label_of(case)
+    mask, label = files.read_label(mask_path, case.image_paths[0]), dataset.label_of(case)
     probabilities = read_probabilities(path)
     scores = score_probabilities(probabilities, mask, label, dataset, case, where=path)
     chances, truth = _near_structures(probabilities, mask, label, dataset, case, path)
@@ -416,7 +417,7 @@ def _find_mask(folder: Path, case: Case, manifest: dict[str, Any]) -> Path | Non
     if manifest["runs"]:  # other masks that lie there are not theirs
         entry = manifest["cases"].get(case.id, {})
         return folder / entry["mask"] if entry.get("status") == "done" else None
-    suffixes = dict.fromkeys((mask_suffix(case), *files.FORMATS))
+    suffixes = dict.fromkeys((mask_suffix(case), *files.FORMATS, files.DICOM))
     return next((p for suffix in suffixes if (p := folder / f"{case.id}{suffix}").is_file()), None)
 
 

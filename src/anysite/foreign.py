@@ -124,7 +124,7 @@ class MaskJudge:
         path = _mask_of(folder, case.id)
         if path is None:
             raise DataError("no mask", where=folder, expected=f"one named {case.id}")
-        mask = files.read_label(path)
+        mask = files.read_label(path, case.image_paths[0])
         if not any(folder.glob(MANIFESTS)):  # anysite's own masks hold class indices already
             mask = as_class_indices(mask, path, self.dataset)
         if not mask.same_grid(image):
@@ -186,7 +186,8 @@ def _is_complete(folders: Sequence[Path], case: Case) -> bool:
 
 
 def _mask_of(folder: Path, case: str) -> Path | None:
-    return next((path for suffix in files.FORMATS if (path := folder / f"{case}{suffix}").is_file()), None)
+    suffixes = (*files.FORMATS, files.DICOM)
+    return next((path for suffix in suffixes if (path := folder / f"{case}{suffix}").is_file()), None)
 
 
 def _probabilities_of(folder: Path, case: str) -> Path | None:

@@ -141,19 +141,28 @@ def read_manifests(folder: Path, origin: str | None = None) -> dict[str, Any]:
     return {"runs": [], **parts[0], "cases": cases, "files": listed}
 
 
-def mask_name(case: Case) -> str:
-    """Return the file name of a case's mask."""
-    return f"{case.id}{mask_suffix(case)}"
+def mask_name(case: Case, kind: str = "auto") -> str:
+    """Return the file name of a case's mask, of a kind that `PredictSettings.format` knows."""
+    return f"{case.id}{mask_suffix(case, kind)}"
 
 
-def unadapted_name(case: Case) -> str:
-    """Return where a case's mask lies as it was without test-time adaptation."""
-    return f"{UNADAPTED}/{mask_name(case)}"
+def unadapted_name(mask: str) -> str:
+    """Return where a mask lies as it was without test-time adaptation."""
+    return f"{UNADAPTED}/{mask}"
 
 
-def mask_suffix(case: Case) -> str:
-    """Return the suffix of a case's mask: its image's own, or of a kind that alters no index and is one file."""
-    suffix = files.suffix_of(case.image_paths[0])
+def mask_suffix(case: Case, kind: str = "auto") -> str:
+    """Return the suffix of a case's mask.
+
+    By itself that is its image's own, or one that alters no index and is one file; of DICOM images NIfTI, of DICOM
+    pictures PNG.
+    """
+    if kind != "auto":
+        return ".nii.gz" if kind == "nifti" else files.DICOM
+    path = case.image_paths[0]
+    suffix = files.suffix_of(path)
+    if suffix == files.DICOM:
+        return ".png" if files.is_picture(path) else ".nii.gz"
     return {".jpg": ".png", ".jpeg": ".png", ".mhd": ".mha"}.get(suffix, suffix)
 
 
@@ -164,7 +173,7 @@ def probabilities_name(case: Case) -> str:
 
 def image_digests(case: Case) -> list[str]:
     """Return the SHA-256 of every image file of a case."""
-    return [atomic.sha256(path) for path in case.image_paths]
+    return [files.digest_of(path) for path in case.image_paths]
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:

@@ -6,14 +6,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from anysite import __version__, runs
-from anysite.config import choose_adapter
+from anysite.config import MaskFormat, PredictSettings, choose_adapter
 from anysite.data import files
 from anysite.data.case import Case, Dataset
 from anysite.data.layouts import find_cases, open_dataset, open_images
 from anysite.data.probabilities import read_probabilities, write_probabilities
+from anysite.data.volume import Volume
 from anysite.errors import AnysiteError, ConfigError, DataError, describe_error
 from anysite.manifest import (
     Manifest,
@@ -109,6 +110,7 @@ def predict(
     output: Path,
     *,
     flips: bool | None = None,
+    format: str | None = None,
     calibrate: bool | None = None,
     least_dice: float | None = None,
     task: str | None = None,
@@ -122,12 +124,14 @@ def predict(
 ) -> Iterator[CaseOutcome]:
     """Segment cases one by one into `output`, yielding what became of each.
 
-    A mask is written beside others under its case id, on the image's grid and in the image's kind of file,
-    read back, and only then entered in the manifest as done; a case done before by the same runs from the same
-    image is skipped. A case that fails is entered with its error and the rest goes on.
+    A mask is written beside others under its case id, on the image's grid and in the image's kind of file (NIfTI
+    for DICOM) unless `format` says otherwise, read back, and only then entered in the manifest as done; a case done
+    before by the same runs from the same image is skipped. A case that fails is entered with its error and the rest
+    goes on.
 
     Args:
-        flips: Whether to average over mirrored views; like the four after it, none: as the first run's settings.
+        flips: Whether to average over mirrored views; like the five after it, none: as the first run's settings.
+        format: Kind of the masks: "auto", "nifti", "dicom_seg" or "dicom_seg_labelmap".
         calibrate: Whether saved probabilities are scaled by the run's temperature.
         least_dice: A mask of which a lower Dice is to be expected is sent to review.
         task: Of runs trained on several datasets, the one that all images are like.
@@ -138,19 +142,21 @@ def predict(
 
     Raises:
         DataError: two cases with one id.
-        ConfigError: a malformed part, a share to refer outside 0 to 1, or an output folder where a mask would
-            replace a file that is not ours.
+        ConfigError: a malformed part, an unknown format, a share to refer outside 0 to 1, or an output folder
+            where a mask would replace a file that is not ours.
         FileFormatError: the output folder cannot be written.
         RunError: runs that cannot be averaged.
     """
     _require_unique(cases)
-    _require_apart(cases, output)
     share = select_part(cases, part)
     settings = run_folders[0].config.predict
-    asked = {"flips": flips, "calibrate": calibrate, "least_dice": least_dice, "task": task}
+    if format is not None and format not in get_args(MaskFormat):
+        raise ConfigError(f"--format {format}", expected=f"one of {', '.join(get_args(MaskFormat))}")
+    asked = {"flips": flips, "format": format, "calibrate": calibrate, "least_dice": least_dice, "task": task}
     settings = settings.model_copy(update={name: value for name, value in asked.items() if value is not None})
     if adapt is not None:
         settings = choose_adapter(settings, adapt)
+    _require_apart(cases, output, settings.format)
     origin = {
         "runs": [
             [run.manifest["files"].get(name) for name in (runs.WEIGHTS, runs.CALIBRATION, runs.JUDGE)]
@@ -166,8 +172,7 @@ def predict(
         "settings": settings.model_dump(mode="json"),
     }
     manifest = Manifest(output, part, runs.fingerprint(origin), facts)
-    adapting = settings.adapt.method != "none"
-    outputs = [name for case in share for name in _outputs_of(case, save_probabilities, adapting)]
+    outputs = [name for case in share for name in _outputs_of(case, save_probabilities, settings)]
     manifest.require_free([*outputs, *VERDICT_FILES])
     manifest.claim(VERDICT_FILES)
     manifest.write()
@@ -196,16 +201,17 @@ def _attempt_case(
     """Predict one case, and enter in the manifest what became of it."""
     began = time.monotonic()
     entry = describe_case(case, manifest.output) | {"split": split}
-    manifest.claim(_outputs_of(case, save_probabilities, segmenter.settings.adapt.method != "none"))
+    manifest.claim(_outputs_of(case, save_probabilities, segmenter.settings))
     error = ""
     try:
         entry |= _predict_case(segmenter, case, manifest, save_probabilities)
     # Memory that runs out for one large image, or a network that cannot take it, says nothing of the next.
     except (AnysiteError, RuntimeError, MemoryError, ValueError, ArithmeticError) as caught:
         error = describe_error(caught)
-        entry |= {"status": "failed", "error": _without_folders(error, case, manifest.output)}
+        mask = manifest.output / mask_name(case, segmenter.settings.format)
+        entry |= {"status": "failed", "error": _without_folders(error, case, mask)}
         # Files of an earlier call would pass for this one's.
-        manifest.remove_files(_outputs_of(case, probabilities=True, adapting=True))
+        manifest.remove_files([probabilities_name(case), *_masks_of(case)])
     seconds = time.monotonic() - began
     manifest.cases[case.id] = entry | {"seconds": round(seconds, 3)}
     manifest.write()
@@ -217,18 +223,21 @@ def _predict_case(
     segmenter: Segmenter, case: Case, manifest: Manifest, save_probabilities: bool
 ) -> dict[str, Any]:
     prediction: Prediction = segmenter.segment(case.image())
-    mask, probabilities = mask_name(case), probabilities_name(case)
-    files.write_label(prediction.label, manifest.output / mask, like=case.image_paths[0])
+    settings = segmenter.settings
+    mask, probabilities = mask_name(case, settings.format), probabilities_name(case)
+    classes = segmenter.plan.classes
+    _write_mask(prediction.label, manifest.output / mask, case, settings, classes)
     digest = manifest.add_file(mask)
+    unadapted = unadapted_name(mask)
+    manifest.remove_files([name for name in _masks_of(case) if name not in (mask, unadapted)])
     if save_probabilities:
         write_probabilities(prediction.probabilities, manifest.output / probabilities)
         manifest.add_file(probabilities)
     else:
         manifest.remove_files([probabilities])  # of another mask
-    unadapted = unadapted_name(case)
     if prediction.unadapted is not None:
         (manifest.output / unadapted).parent.mkdir(exist_ok=True)
-        files.write_label(prediction.unadapted, manifest.output / unadapted, like=case.image_paths[0])
+        _write_mask(prediction.unadapted, manifest.output / unadapted, case, settings, classes)
         manifest.add_file(unadapted)
     else:
         manifest.remove_files([unadapted])
@@ -257,9 +266,26 @@ def _role_of(case: Case, run: Run) -> str:
     return next((split for role, split in roles.items() if case.id in run.splits.get(role, ())), "unknown")
 
 
-def _outputs_of(case: Case, probabilities: bool, adapting: bool) -> list[str]:
-    more = [probabilities_name(case)] if probabilities else []
-    return [mask_name(case), *more, *([unadapted_name(case)] if adapting else [])]
+def _write_mask(
+    label: Volume, path: Path, case: Case, settings: PredictSettings, classes: Sequence[str]
+) -> None:
+    if files.suffix_of(path) == files.DICOM:
+        labelmap = settings.format == "dicom_seg_labelmap"
+        files.write_segmentation(label, path, case.image_paths[0], classes, labelmap)
+    else:
+        files.write_label(label, path, case.image_paths[0])
+
+
+def _outputs_of(case: Case, probabilities: bool, settings: PredictSettings) -> list[str]:
+    mask = mask_name(case, settings.format)
+    adapted = [unadapted_name(mask)] if settings.adapt.method != "none" else []
+    return [mask, *([probabilities_name(case)] if probabilities else []), *adapted]
+
+
+def _masks_of(case: Case) -> list[str]:
+    """Return the names that masks of a case have, whatever the format."""
+    masks = dict.fromkeys(mask_name(case, kind) for kind in get_args(MaskFormat))
+    return [name for mask in masks for name in (mask, unadapted_name(mask))]
 
 
 def _inputs_of(case: Case) -> list[Path]:
@@ -278,9 +304,9 @@ def _describe_run(run: Run) -> dict[str, Any]:
     }
 
 
-def _require_apart(cases: Sequence[Case], output: Path) -> None:
+def _require_apart(cases: Sequence[Case], output: Path, kind: str) -> None:
     folder = output.resolve()
-    masks = {mask_name(case): case.id for case in cases}
+    masks = {mask_name(case, kind): case.id for case in cases}
     for path in (path for case in cases for path in _inputs_of(case)):
         if path.name in masks and path.resolve() == folder / path.name:
             raise ConfigError(
@@ -301,7 +327,6 @@ def _require_unique(cases: Sequence[Case]) -> None:
         seen[case.id] = case
 
 
-def _without_folders(text: str, case: Case, output: Path) -> str:
+def _without_folders(text: str, case: Case, mask: Path) -> str:
     """Keep folder names, which may identify people, out of what is stored."""
-    mask = output / mask_name(case)
     return case.without_folders(text).replace(str(mask), mask.name)

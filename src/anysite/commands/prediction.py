@@ -32,6 +32,13 @@ def predict(
     flips: Annotated[
         bool | None, typer.Option(help="test-time augmentation by mirroring; default: the run's setting")
     ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="of masks: auto, nifti, dicom_seg or dicom_seg_labelmap; default: the run's setting, which is the "
+            "image's own kind, and NIfTI for DICOM"
+        ),
+    ] = None,
     calibrate: Annotated[
         bool | None, typer.Option(help="probabilities by the run's temperature; default: the run's setting")
     ] = None,
@@ -88,8 +95,8 @@ def predict(
     outcomes: list[CaseOutcome] = []
     with console.case_bar(len(share), "predicting") as advance:
         for outcome in prediction.predict(
-            opened, cases, output, flips=flips, calibrate=calibrate, least_dice=least_dice, task=task, adapt=adapt,
-            save_probabilities=save_probabilities, part=part,
+            opened, cases, output, flips=flips, format=format, calibrate=calibrate, least_dice=least_dice,
+            task=task, adapt=adapt, save_probabilities=save_probabilities, part=part,
             referral=referral, dataset=dataset, sites_known=sites_known, accelerator=accelerator,
         ):  # fmt: skip
             outcomes.append(outcome)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from anysite.data import files
+from anysite.data.dicom_members import split_choice
 from anysite.data.volume import Volume
 from anysite.errors import DataError, GeometryError, LabelError
 
@@ -57,7 +58,8 @@ class Case:
     def without_folders(self, text: str) -> str:
         """Return a text in which the case's files have no folders, whose names may identify people."""
         for path in (*self.image_paths, *([self.label_path] if self.label_path else [])):
-            text = text.replace(str(path), path.name)
+            base, _ = split_choice(path)  # what messages name, of one series among several
+            text = text.replace(str(path), path.name).replace(str(base), base.name)
         return text
 
     def label(self) -> Volume:
@@ -66,10 +68,11 @@ class Case:
         Raises:
             DataError: the case has no label.
             FileFormatError, LabelError: the file is no label map.
+            GeometryError: DICOM that does not lie on the image's grid.
         """
         if self.label_path is None:
             raise DataError("a case without a label", where=self.id)
-        return files.read_label(self.label_path)
+        return files.read_label(self.label_path, self.image_paths[0])
 
 
 @dataclass(frozen=True)

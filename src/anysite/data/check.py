@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -162,7 +163,9 @@ def _read(case: Case) -> _Reading:
             )
     reading.digest = "" if unread else content.hexdigest()
     if case.label_path is not None:
-        label = _read_file(reading, case.label_path, files.read_label)
+        label = _read_file(
+            reading, case.label_path, partial(files.read_label, image_path=case.image_paths[0])
+        )
         if label is not None:
             reading.values = count_values(label.array)
             if reading.grid is not None and not label.same_grid(reading.grid):
@@ -184,7 +187,7 @@ def _read_file(reading: _Reading, path: Path, read: Callable[[Path], Volume]) ->
         found = error
     except DataError as error:
         rule = "unreadable file" if isinstance(error, FileFormatError) else "unusable geometry"
-        if not path.is_file():
+        if not files.exists(path):
             rule = "missing file"
         elif "NaN" in error.found:
             rule = "non-finite values"

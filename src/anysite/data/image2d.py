@@ -45,10 +45,10 @@ def read(path: Path) -> Volume:
     return Volume.of_pixels(array)
 
 
-def write_label(volume: Volume, path: Path, like: Path | None = None) -> None:
+def write_label(volume: Volume, path: Path, image_path: Path | None = None) -> None:
     """Write a label map `(1, H, W)` as 8-bit grey, or 16-bit where there are more than 256 classes.
 
-    `like` is the picture it belongs to, of which nothing is taken: pictures know no place.
+    `image_path` is the picture it belongs to, of which nothing is taken: pictures know no place.
 
     Raises:
         FileFormatError: a volume with three spatial axes for a format that has two.

@@ -72,13 +72,13 @@ def read(path: Path) -> Volume:
     return Volume(np.ascontiguousarray(channels_first.transpose(axes)), _affine_of(image))
 
 
-def write_label(volume: Volume, path: Path, like: Path | None = None) -> None:
+def write_label(volume: Volume, path: Path, image_path: Path | None = None) -> None:
     """Write a label map `(1, X, Y, Z)`, compressed.
 
     Args:
         volume: The label map.
         path: A file name that ends in .nrrd or .mha.
-        like: The image it belongs to, in one of these formats, whose place is then repeated.
+        image_path: The image it belongs to, in one of these formats, whose place is then repeated.
 
     Raises:
         FileFormatError: it cannot be written, or SimpleITK is not installed.
@@ -91,9 +91,9 @@ def write_label(volume: Volume, path: Path, like: Path | None = None) -> None:
     image.SetSpacing(spacing.tolist())
     image.SetOrigin(affine[:3, 3].tolist())
     image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
-    if like is not None:
+    if image_path is not None:
         reader = sitk.ImageFileReader()
-        reader.SetFileName(str(like))
+        reader.SetFileName(str(image_path))
         reader.ReadImageInformation()
         if reader.GetDimension() == 3:
             image.SetSpacing(reader.GetSpacing())

@@ -7,7 +7,7 @@ import io
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from anysite.data.classes import Declaration, count_values, declare_classes, inf
 from anysite.errors import DataError, LabelError
 
 MANIFESTS = ("index.csv", "dataset.csv", "manifest.csv")
+MAX_DEPTH = 5  # of folders of DICOM: patients, studies, series
 MASK_FOLDERS = ("masks", "labels")
 DATALISTS = ("dataset.json", "datalist.json")
 EXPECTED = (
@@ -77,16 +78,21 @@ def open_images(path: Path) -> tuple[Case, ...]:
     path = _existing(path)
     if _layout(path):
         return find_cases(path).cases
-    images = _images_in(path) if path.is_dir() else [path] if files.suffix_of(path) else []
+    images = _images_below(path) if path.is_dir() else _series_of(path) if files.suffix_of(path) else {}
     if not images:
         raise DataError(
             f"no images: {_listing(path)}",
             where=path,
-            expected=f"image files ({', '.join(files.FORMATS)}), {EXPECTED}",
+            expected=f"image files ({files.KNOWN}), {EXPECTED}",
             fix="convert other formats to NIfTI, PNG or TIFF",
         )
     domain = (path if path.is_dir() else path.parent).resolve().name
     return tuple(Case(id, id, domain, paths) for id, paths in _channels(images).items())
+
+
+def is_dataset(path: Path) -> bool:
+    """Tell whether a path has one of the layouts of a dataset."""
+    return Path(path).exists() and _layout(Path(path)) is not None
 
 
 def find_cases(path: Path) -> Dataset:
@@ -298,12 +304,52 @@ def _from_folders(path: Path) -> Dataset:
     return _dataset(path, cases, read_declaration(path / "dataset.json"))
 
 
+def _images_below(folder: Path) -> dict[str, Path]:
+    """Return the images to segment in a folder by case: files, and each series of DICOM in it or in folders below."""
+    loose = [path for path in _images_in(folder) if not path.is_dir()]
+    others = [path for path in loose if files.suffix_of(path) != files.DICOM or path.suffix.lower() == ".zip"]
+    found = [(files.stem_of(path), path) for path in others if path.suffix.lower() != ".zip"]
+    for path in (path for path in others if path.suffix.lower() == ".zip"):
+        found += _series_of(path).items()
+    if len(others) < len(loose):
+        found += _series_of(folder).items()
+    for below in _dicom_folders(folder, MAX_DEPTH):
+        prefix = "_".join(below.relative_to(folder).parts[:-1])
+        found += [(f"{prefix}_{id}" if prefix else id, path) for id, path in _series_of(below).items()]
+    return _unique(found)
+
+
+def _dicom_folders(folder: Path, depth: int) -> list[Path]:
+    """List the folders below that hold DICOM files directly."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if depth and path.is_dir() and not path.name.startswith("."):
+            found += [*([path] if files.suffix_of(path) else []), *_dicom_folders(path, depth - 1)]
+    return found
+
+
+def _series_of(path: Path) -> dict[str, Path]:
+    """Return the image of a path; of DICOM each series by its number, and none where it holds other objects."""
+    if files.suffix_of(path) != files.DICOM or files.has_choice(path):
+        return {files.stem_of(path): path}
+    try:
+        numbers = files.list_series(path)
+    except DataError:  # one bad case stops no batch: reading it says what is wrong
+        return {files.stem_of(path): path}
+    if not numbers:
+        return {}
+    if len(numbers) == 1:
+        return {files.stem_of(path): path}
+    chosen = [path.with_name(f"{path.name}#{number}") for number in numbers]
+    return {files.stem_of(one): one for one in chosen}
+
+
 def _paired(
     images: Path, labels: Path | None, ending: str = ""
 ) -> dict[str, tuple[tuple[Path, ...], Path | None]]:
     """Return the image files and the label file of every case in a pair of folders."""
     label_paths = _by_stem(_images_in(labels, ending)) if labels and labels.is_dir() else {}
-    channels = _channels(_images_in(images, ending), label_paths)
+    channels = _channels(_by_stem(_images_in(images, ending)), label_paths)
     orphans = [label.name for id, label in label_paths.items() if id not in channels]
     if orphans:
         raise DataError(
@@ -314,9 +360,8 @@ def _paired(
     return {id: (paths, label_paths.get(id)) for id, paths in channels.items()}
 
 
-def _channels(images: Sequence[Path], labels: Collection[str] = ()) -> dict[str, tuple[Path, ...]]:
+def _channels(stems: Mapping[str, Path], labels: Collection[str] = ()) -> dict[str, tuple[Path, ...]]:
     """Group files by case: by _0000, _0001, ... if every name counts up so, else one file is one case."""
-    stems = _by_stem(images)
     groups: dict[str, list[tuple[str, Path]]] = defaultdict(list)
     for stem, path in stems.items():
         match = re.fullmatch(r"(.+)_(\d{4})", stem)
@@ -330,9 +375,13 @@ def _channels(images: Sequence[Path], labels: Collection[str] = ()) -> dict[str,
 
 
 def _by_stem(paths: Iterable[Path]) -> dict[str, Path]:
+    return _unique((files.stem_of(path), path) for path in paths)
+
+
+def _unique(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
     stems: dict[str, Path] = {}
-    for path in paths:
-        other = stems.setdefault(files.stem_of(path), path)
+    for stem, path in named:
+        other = stems.setdefault(stem, path)
         if other is not path:
             raise DataError(
                 f"{other.name} and {path.name} have one name", where=path.parent, fix="rename one"
@@ -344,8 +393,13 @@ def _images_in(folder: Path, ending: str = "") -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if files.suffix_of(path) and path.name.endswith(ending) and not path.name.startswith(".")
+        if not path.name.startswith(".") and _ends(path, ending) and files.suffix_of(path)
     )
+
+
+def _ends(path: Path, ending: str) -> bool:
+    # A folder that stands for the files of a series has no ending of its own.
+    return path.name.endswith(ending) or (path.is_dir() and ending in (".dcm", ".zip"))
 
 
 def _sites_in(folder: Path) -> list[Path]:
@@ -370,7 +424,7 @@ def _dataset(folder: Path, cases: Iterable[Case], declaration: Declaration) -> D
 
 
 def _existing(path: Path) -> Path:
-    if not Path(path).exists():
+    if not files.exists(path):
         raise DataError("no such file or folder", where=path, expected=EXPECTED)
     return Path(path)
 

@@ -62,25 +62,25 @@ def read(path: Path) -> Volume:
     return Volume(np.ascontiguousarray(channels_first), affine)
 
 
-def write_label(volume: Volume, path: Path, like: Path | None = None) -> None:
+def write_label(volume: Volume, path: Path, image_path: Path | None = None) -> None:
     """Write a label map `(1, X, Y, Z)` placed by the volume's affine, as sform and qform.
 
     Args:
         volume: The label map.
         path: A file name with a NIfTI suffix.
-        like: The NIfTI image it belongs to, whose statements on its place are then repeated as they are.
+        image_path: The NIfTI image it belongs to, whose statements on its place are then repeated as they are.
     """
     dtype = np.uint8 if volume.array.max() < 256 else np.uint16
     array = volume.array[0].astype(dtype)
-    if like is None:
+    if image_path is None:
         image = nibabel.Nifti1Image(array, volume.affine)
         image.set_qform(volume.affine, 2)  # the sform's code, which the constructor sets
         image.header.set_xyzt_units("mm")
     else:
-        source = nibabel.load(like)
+        source = nibabel.load(image_path)
         assert isinstance(source, nibabel.Nifti1Image)  # NIfTI-2, whose numbers are longer, is one too
         image = type(source)(array, source.affine)
-        copy_place(_read_header(like, type(source.header)), image.header)
+        copy_place(_read_header(image_path, type(source.header)), image.header)
     image.to_filename(path)
 
 

@@ -37,15 +37,15 @@ def draw_case(folder: Path, case_id: str, case: PredictedCase, dataset: Predicte
     """Draw one predicted case; of a volume, the slice in which truth and prediction differ most."""
     if not case.mask:
         return Picture(problem="No mask was written for this case.")
-    if not case.images or not (folder / case.images[0]).is_file():
+    if not case.images or not files.exists(folder / case.images[0]):
         return Picture(problem="The image file is no longer where it was when the mask was predicted.")
     try:
-        image = files.read(folder / case.images[0])
-        prediction = files.read_label(folder / case.mask)
+        image = files.read(image_path := folder / case.images[0])
+        prediction = files.read_label(folder / case.mask, image_path)
         truth = None
-        if case.label and (folder / case.label).is_file():
+        if case.label and files.exists(folder / case.label):
             indices = dataset.tasks.get(case.task) or {v: i for i, v in enumerate(dataset.label_values)}
-            truth = _class_indices(files.read_label(folder / case.label), indices)
+            truth = _class_indices(files.read_label(folder / case.label, image_path), indices)
     except AnysiteError as error:
         return Picture(problem=without_folders(f"A file of this case cannot be read: {error.found}."))
     if any(other is not None and other.shape != image.shape for other in (prediction, truth)):
