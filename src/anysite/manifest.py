@@ -58,6 +58,14 @@ class Manifest:
                 fix="choose another output folder, or move those files away",
             )
 
+    def sweep(self, names: Iterable[str]) -> None:
+        """Delete what a killed process left half-written of files that only this part writes."""
+        by_folder: dict[Path, set[str]] = {}
+        for name in names:
+            by_folder.setdefault((self.output / name).parent, set()).add(Path(name).name)
+        for folder, own in by_folder.items():
+            atomic.sweep(folder, own)
+
     def is_done(self, case: Case, save_probabilities: bool) -> bool:
         """Tell whether the files of a case lie there as they were written, from the very same image."""
         entry = self.cases.get(case.id)
@@ -102,14 +110,7 @@ class Manifest:
         Raises:
             FileFormatError: it cannot be written.
         """
-        try:
-            atomic.write_json(self.path, self.content)
-        except OSError as error:
-            raise FileFormatError(
-                f"cannot be written ({error.strerror})",
-                where=self.path,
-                fix="free space or choose another folder",
-            ) from error
+        atomic.write_json(self.path, self.content)
 
 
 def manifest_path(output: Path, part: str = "1/1") -> Path:

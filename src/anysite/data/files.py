@@ -87,7 +87,7 @@ def write_label(volume: Volume, path: Path) -> None:
     """Write a label map atomically, and read it back to compare every voxel and the affine.
 
     Raises:
-        FileFormatError: the suffix has no writer, or what was read back differs.
+        FileFormatError: the suffix has no writer, the file cannot be written, or what was read back differs.
     """
     path = Path(path)
     suffix = suffix_of(path)
@@ -95,13 +95,8 @@ def write_label(volume: Volume, path: Path) -> None:
         raise FileFormatError("an unknown file format", where=path, expected=f"one of {', '.join(FORMATS)}")
     if suffix in (".jpg", ".jpeg"):
         raise FileFormatError("JPEG would alter class indices", where=path, expected="a lossless format")
-    try:
-        with atomic.replacing(path) as temporary:
-            FORMATS[suffix].write_label(volume, temporary)
-            written = read_label(temporary)
-            if not np.array_equal(written.array, volume.array) or not written.same_grid(volume):
-                raise FileFormatError("the mask read back differs from the one written", where=path)
-    except OSError as error:
-        raise FileFormatError(
-            f"cannot be written ({error.strerror})", where=path, fix="free space or choose another folder"
-        ) from error
+    with atomic.replacing(path) as temporary:
+        FORMATS[suffix].write_label(volume, temporary)
+        written = read_label(temporary)
+        if not np.array_equal(written.array, volume.array) or not written.same_grid(volume):
+            raise FileFormatError("the mask read back differs from the one written", where=path)
