@@ -36,7 +36,7 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def network_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Refuse and record connections to other machines, in this process and in those that tests start."""
     report = tmp_path_factory.mktemp("network") / "connections.txt"
     os.environ["ANYSITE_TEST_CONNECTIONS"] = str(report)
@@ -49,11 +49,11 @@ def _no_network(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_connections(_no_network: Path) -> Iterator[None]:
+def _no_connections(network_report: Path) -> Iterator[None]:
     yield
-    if _no_network.is_file():
-        connections = _no_network.read_text()
-        _no_network.unlink()
+    if network_report.is_file():
+        connections = network_report.read_text()
+        network_report.unlink()
         pytest.fail(f"connections to other machines: {connections}")
 
 

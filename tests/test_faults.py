@@ -261,7 +261,8 @@ def require_a_named_error(write: Callable[[Path], object], path: Path, broken: A
     before = {p: p.read_bytes() for p in path.parent.iterdir() if p.is_file()}
     with broken, pytest.raises(AnysiteError) as caught:
         write(path)
-    gc.collect()
+    if path.name == "mask.nii":
+        gc.collect()
     assert "cannot be written (" in str(caught.value)
     assert str(path.parent) in str(caught.value)
     assert "\n" not in str(caught.value)

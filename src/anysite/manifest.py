@@ -202,6 +202,11 @@ def _files_of(manifest: dict[str, Any]) -> dict[str, str | None]:
     return masks | manifest.get("files", {})
 
 
+def _is_name(mask: Any) -> bool:
+    """Tell whether this names a file in the folder, and none elsewhere."""
+    return isinstance(mask, str) and not Path(mask).is_absolute() and ".." not in Path(mask).parts
+
+
 def _is_verdict(verdict: Any) -> bool:
     return verdict is None or (
         isinstance(verdict, dict)
@@ -217,14 +222,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     cases = content.get("cases") if isinstance(content, dict) else None
     if (
         not isinstance(cases, dict)
+        or not isinstance(content.get("origin"), str | None)
         or not isinstance(content.get("files", {}), dict)
         or not all(
             isinstance(entry, dict)
             and entry.get("status") in ("done", "failed")
-            and ("mask" if entry["status"] == "done" else "error") in entry
+            and (_is_name(entry.get("mask")) if entry["status"] == "done" else "error" in entry)
             and _is_verdict(entry.get("verdict"))
             for entry in cases.values()
         )
+        or not all(isinstance(digest, str | None) for digest in _files_of(content).values())
     ):
         raise FileFormatError(
             "not a manifest of predictions", where=path, fix="delete it to predict every case anew"

@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
 from anysite.data.limits import require_modest
 from anysite.data.volume import Volume
@@ -20,7 +21,7 @@ MAX_EXTENSIONS = 2**24  # bytes between header and voxels
 # What nibabel raises for files that lie about themselves.
 DAMAGED = (
     *(OSError, EOFError, ValueError, TypeError, ArithmeticError, MemoryError, AssertionError, zlib.error),
-    *(ImageFileError, HeaderDataError),
+    *(ImageFileError, HeaderDataError, WrapStructError, LookupError),
 )
 
 
