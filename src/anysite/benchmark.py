@@ -178,23 +178,23 @@ def _run_here(waiting: Sequence[Job], keep_runs: Path | None) -> Iterator[JobOut
 
 
 def _run_apart(waiting: Sequence[Job], parallel: int, keep_runs: Path | None) -> Iterator[JobOutcome]:
-    """Run every job in a process of its own, whose end by whatever cause ends no other job."""
     threads = max(1, compute.count_cores() // parallel)
-
-    def run(job: Job) -> JobOutcome:
-        try:
-            return workers.run(run_job, job, threads, keep_runs)
-        except WorkerError as error:
-            return JobOutcome(job, [], str(error))
-
     with ThreadPoolExecutor(parallel) as pool, Workers() as workers:
-        futures = [pool.submit(run, job) for job in waiting]
+        futures = [pool.submit(_run_job_apart, job, threads, keep_runs, workers) for job in waiting]
         try:
             for future in as_completed(futures):
                 yield future.result()
         finally:
             for future in futures:
                 future.cancel()
+
+
+def _run_job_apart(job: Job, threads: int, keep_runs: Path | None, workers: Workers) -> JobOutcome:
+    """Run one job in a process of its own, whose end by whatever cause ends no other job."""
+    try:
+        return workers.run(run_job, job, threads, keep_runs)
+    except WorkerError as error:
+        return JobOutcome(job, [], str(error))
 
 
 def unfinished(jobs: Sequence[Job], output: Path) -> list[Job]:

@@ -65,9 +65,19 @@ class Run:
         Raises:
             RunError: the weights do not fit the network that the configuration describes.
         """
-        network = build_network(self.config, self.plan)
+        network = self._build()
         _load_weights(network, self.path / WEIGHTS)
         return network.eval()
+
+    def _build(self) -> Network:
+        try:
+            return build_network(self.config, self.plan)
+        except (TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
+            raise RunError(
+                f"{CONFIG} and {PLAN} describe no network that can be built ({describe_error(error)})",
+                where=self.path,
+                fix="restore the folder from its source",
+            ) from error
 
     def reflection(self) -> Reflection | None:
         """Build what test-time reflection needs and load its weights; none where the training had no such objective.
@@ -80,7 +90,7 @@ class Run:
         reflection: Reflection = registry.build(
             "objective", "reflection", **self.config.objectives["reflection"]
         )
-        reflection.attach(build_network(self.config, self.plan), self.plan, ())
+        reflection.attach(self._build(), self.plan, ())
         _load_weights(reflection, self.path / REFLECTION)
         return reflection.eval().requires_grad_(False)
 
