@@ -23,7 +23,8 @@ def describe_commands() -> str:
     group = typer.main.get_group(app)
     lines = ["# Commands", "", "Written by `make docs` from the code.", ""]
     lines += [
-        "Exit codes: 0 done; 1 done, but cases failed or were rejected; 2 misuse; 3 interrupted, state saved.",
+        "Exit codes: 0 done; 1 done, but cases failed or were rejected; 2 misuse; 3 interrupted, state saved; "
+        "130 interrupted.",
         "",
     ]
     for name, command in group.commands.items():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +33,28 @@ SMALL = [
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)  # the tests run side by side
+
+
+@pytest.fixture(scope="session", autouse=True)
+def network_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Refuse and record connections to other machines, in this process and in those that tests start."""
+    report = tmp_path_factory.mktemp("network") / "connections.txt"
+    os.environ["ANYSITE_TEST_CONNECTIONS"] = str(report)
+    folder = Path(__file__).parent / "offline"
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(folder), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    )
+    runpy.run_path(str(folder / "sitecustomize.py"))
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _no_connections(network_report: Path) -> Iterator[None]:
+    yield
+    if network_report.is_file():
+        connections = network_report.read_text()
+        network_report.unlink()
+        pytest.fail(f"connections to other machines: {connections}")
 
 
 @pytest.fixture(scope="session")

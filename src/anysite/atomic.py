@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from anysite.errors import FileFormatError
+from anysite.errors import DataError, FileFormatError
+
+TEMPORARY = re.compile(r"\.\d+\.partial-[0-9a-f]{8}-(.+)")
 
 
 @contextmanager
@@ -21,23 +24,77 @@ def replacing(path: Path) -> Iterator[Path]:
     The temporary name keeps every suffix of `path`, so that writers choosing the format by suffix work.
     The file and its folder are fsynced before and after the rename; on any error the old file stays and
     the temporary one is removed.
+
+    Raises:
+        FileFormatError: the file cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{os.getpid()}.partial-{secrets.token_hex(4)}-{path.name}"
-    # Not tempfile, whose files only the owner may read: the user's umask decides.
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not tempfile, whose files only the owner may read: the user's umask decides.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
         _fsync(temporary)
         temporary.replace(path)
         _fsync(path.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Keep other processes from writing `path`; the lock ends with the process that holds it, however that ends.
+
+    Nobody else is writing the file then, so that what killed processes left of it is removed.
+
+    Args:
+        wait: Until another process is done, instead of raising an error.
+
+    Raises:
+        DataError: another process holds it.
+        FileFormatError: the folder cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    path = Path(path)
+    lock_path = path.with_name(f".{path.name}.lock")
+    lock = FileLock(lock_path, blocking=wait)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        sweep(path.parent, [path.name])
+    except Timeout:
+        raise DataError("in use by another process", where=path, fix="wait for it, or stop it") from None
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows keeps a file that is open
+            lock_path.unlink()
+        lock.release()
+
+
+def sweep(folder: Path, names: Collection[str] | None = None) -> None:
+    """Delete the temporary files that killed processes left in a folder: of the files `names`, or of all.
+
+    Whoever calls this holds the lock on what is written there.
+    """
+    for path in folder.glob(".*.partial-*"):
+        if (match := TEMPORARY.fullmatch(path.name)) and (names is None or match[1] in names):
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically, as UTF-8."""
+    """Write `text` to `path` atomically, as UTF-8.
+
+    Raises:
+        FileFormatError: the file cannot be written.
+    """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -65,6 +122,13 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unwritable(path: Path, error: OSError) -> FileFormatError:
+    reason = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
+    return FileFormatError(
+        f"cannot be written ({reason})", where=path, fix="free space or choose another folder"
+    )
 
 
 def _fsync(path: Path) -> None:

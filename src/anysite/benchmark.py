@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from anysite import compute, config, registry
+from anysite import atomic, compute, config, registry
 from anysite.calibration import CALIBRATION_METRICS
 from anysite.config import choose_adapter
 from anysite.corrupt import CORRUPTIONS, fingerprint
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
-from anysite.errors import AnysiteError, ConfigError, InterruptedTraining
+from anysite.errors import AnysiteError, ConfigError, InterruptedTraining, WorkerError, describe_error
 from anysite.evaluate import Row, read_rows, write_rows
 from anysite.experiment import UNADAPTED, Job, name_of, score_job, topic_of
 from anysite.judgement import VERDICT
 from anysite.metrics import METRICS
+from anysite.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -147,27 +145,56 @@ def benchmark(
     """Run every job whose rows are not in `output` yet, append its rows, and yield what became of it.
 
     Args:
-        parallel: Jobs at once, each in a process of its own with its share of the cores.
+        parallel: Jobs at once, each in a process of its own with its share of the cores; 0: one after the other in
+            this process.
         keep_runs: Folder for run folders and masks; they are deleted after scoring where it is None.
 
     Raises:
-        ConfigError: fewer than 1 job at once.
+        ConfigError: fewer than no jobs at once.
+        FileFormatError: `output` cannot be written.
     """
-    if parallel < 1:
-        raise ConfigError(f"{parallel} jobs at once", expected="1 or more")
-    return _run_all(unfinished(jobs, output), output, parallel, keep_runs)
+    if parallel < 0:
+        raise ConfigError(f"{parallel} jobs at once", expected="0 or more")
+    waiting = unfinished(jobs, output)
+    ran = _run_here(waiting, keep_runs) if parallel == 0 else _run_apart(waiting, parallel, keep_runs)
+    return _keep_rows(ran, output)
 
 
-def _run_all(
-    waiting: Sequence[Job], output: Path, parallel: int, keep_runs: Path | None
-) -> Iterator[JobOutcome]:
+def _keep_rows(outcomes: Iterator[JobOutcome], output: Path) -> Iterator[JobOutcome]:
+    for outcome in outcomes:
+        if outcome.rows:
+            _append(output, outcome)
+        yield outcome
+
+
+def _run_here(waiting: Sequence[Job], keep_runs: Path | None) -> Iterator[JobOutcome]:
+    for job in waiting:
+        try:
+            yield run_job(job, compute.count_cores(), keep_runs)
+        except InterruptedTraining:
+            raise
+        except Exception as error:  # noqa: BLE001 - one job ends no other
+            yield JobOutcome(job, [], describe_error(error))
+
+
+def _run_apart(waiting: Sequence[Job], parallel: int, keep_runs: Path | None) -> Iterator[JobOutcome]:
     threads = max(1, compute.count_cores() // parallel)
-    with ThreadPoolExecutor(parallel) as pool:
-        for future in as_completed([pool.submit(_run_apart, job, threads, keep_runs) for job in waiting]):
-            outcome = future.result()
-            if outcome.rows:
-                _append(output, outcome)
-            yield outcome
+    with ThreadPoolExecutor(parallel) as pool, Workers() as workers:
+        futures = [pool.submit(_run_job_apart, job, threads, keep_runs, workers) for job in waiting]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _run_job_apart(job: Job, threads: int, keep_runs: Path | None, workers: Workers) -> JobOutcome:
+    """Run one job in a process of its own, whose end by whatever cause ends no other job."""
+    try:
+        return workers.run(run_job, job, threads, keep_runs)
+    except WorkerError as error:
+        return JobOutcome(job, [], str(error))
 
 
 def unfinished(jobs: Sequence[Job], output: Path) -> list[Job]:
@@ -196,22 +223,9 @@ def run_job(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_apart(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
-    """Run one job in a process of its own, whose end by whatever cause ends no other job."""
-    # A fresh process: a forked one would inherit the parent's threads in an undefined state.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as process:
-        future = process.submit(run_job, job, threads, keep_runs)
-        error = future.exception()
-        if isinstance(error, InterruptedTraining):
-            raise error
-        return JobOutcome(job, [], f"{type(error).__name__}: {error}") if error else future.result()
-
-
 def _append(output: Path, outcome: JobOutcome) -> None:
     """Write a job's rows in place of its earlier ones; what else a finished job kept before stays."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(output.with_name(f"{output.name}.lock")):
+    with atomic.locked(output, wait=True):
         existing = read_rows(output) if output.is_file() else []
         keys, replaced = outcome.job.keys, {topic_of(row) for row in outcome.rows}
         # Without its costs a job was cut off when the file was copied, and no metric of it is complete.

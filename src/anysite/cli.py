@@ -13,7 +13,7 @@ from anysite.commands.demo import demo
 from anysite.commands.prediction import judge, predict
 from anysite.commands.results import benchmark, evaluate, report
 from anysite.commands.training import pretrain, train
-from anysite.errors import AnysiteError, ConfigError, FileFormatError
+from anysite.errors import AnysiteError, ConfigError, FileFormatError, Interrupted
 
 # Click's UsageError, which Typer brings along under a name of its own.
 UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
@@ -24,14 +24,17 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 1 done but cases failed or were rejected, 2 misuse or bad input, "
-    "3 interrupted and saved.",
+    "3 interrupted and saved, 130 interrupted.",
 )
 
 
 def main() -> None:
     """Run the command line and exit with its documented code."""
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="anysite", standalone_mode=False))
+        code = app(sys.argv[1:] or ["--help"], prog_name="anysite", standalone_mode=False)
+        if code == Interrupted.exit_code:  # Typer's answer to Ctrl-C
+            raise Interrupted("interrupted", fix="run it again: what was finished before is kept")
+        sys.exit(code)
     except AnysiteError as error:
         _fail(error)
     except UsageError as error:

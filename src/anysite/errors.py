@@ -59,6 +59,10 @@ class TrainingError(AnysiteError):
     """Training that had to stop: non-finite loss, no usable cases, no time."""
 
 
+class WorkerError(AnysiteError):
+    """A process of its own that ended without doing its work."""
+
+
 class BatchError(AnysiteError):
     """A batch of which some cases failed while the rest was completed."""
 
@@ -73,3 +77,9 @@ class InterruptedTraining(AnysiteError):  # noqa: N818 (an outcome, not a fault)
     """Training that a signal stopped after it saved a checkpoint."""
 
     exit_code = 3
+
+
+class Interrupted(AnysiteError):  # noqa: N818 (an outcome, not a fault)
+    """A command that the user ended; the code is the one by which shells know it."""
+
+    exit_code = 130

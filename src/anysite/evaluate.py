@@ -130,14 +130,16 @@ def evaluate(
         rows += rows_of(result, case, split, common)
         if counts is not None:
             reliability[split] = reliability.get(split, 0) + counts
-    write_rows(folder / ROWS, rows)
-    atomic.write_json(folder / SUMMARY, summarise(rows, failed))
-    if reliability:
-        names = ("voxels", "right", "confidence")
-        told = {s: dict(zip(names, counts.tolist(), strict=True)) for s, counts in reliability.items()}
-        atomic.write_json(folder / RELIABILITY, told)
-    else:
-        (folder / RELIABILITY).unlink(missing_ok=True)  # of other masks
+    with atomic.locked(folder / ROWS, wait=True):
+        atomic.sweep(folder, (SUMMARY, RELIABILITY))
+        write_rows(folder / ROWS, rows)
+        atomic.write_json(folder / SUMMARY, summarise(rows, failed))
+        if reliability:
+            names = ("voxels", "right", "confidence")
+            told = {s: dict(zip(names, counts.tolist(), strict=True)) for s, counts in reliability.items()}
+            atomic.write_json(folder / RELIABILITY, told)
+        else:
+            (folder / RELIABILITY).unlink(missing_ok=True)  # of other masks
     scored = {case.id for case, _ in found} | failed.keys()
     return Evaluation(rows, failed, tuple(c.id for c in dataset.labelled if c.id not in scored))
 
@@ -296,7 +298,7 @@ def read_rows(path: Path) -> list[Row]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise FileFormatError(f"line {number} is not JSON", where=path) from None
             continue

@@ -65,6 +65,15 @@ class Job:
         return name_of(self.method)
 
     @property
+    def overrides_text(self) -> str:
+        """The overrides as rows name them: of a run to start from only the name, its folders may be people's."""
+        parts = (override.partition("=") for override in self.overrides)
+        return " ".join(
+            f"{name}={Path(value.strip()).name}" if name.strip() == "pretrained" else f"{name}{sign}{value}"
+            for name, sign, value in parts
+        )
+
+    @property
     def settings(self) -> config.Config:
         """The preset as it is now, with the job's overrides, seed, test sites and number of labelled patients."""
         sites = ", ".join(f'"{domain}"' for domain in self.test_domains)
@@ -101,7 +110,7 @@ class Job:
     def key(self) -> tuple[str, str, int, str, str, str]:
         """What tells this job's rows from those of others."""
         return (
-            self.dataset, self.name, self.seed, "+".join(self.train_domains), " ".join(self.overrides),
+            self.dataset, self.name, self.seed, "+".join(self.train_domains), self.overrides_text,
             self.digest,
         )  # fmt: skip
 
@@ -204,7 +213,7 @@ def _score_images(
     outcomes = list(predict([run], cases, masks, dataset=dataset, save_probabilities=save, adapt=adapt))
     # The splits list the sites in the order of their cases, which may differ from the job's.
     context = {
-        "train_domains": "+".join(job.train_domains), "overrides": " ".join(job.overrides), "job": job.digest,
+        "train_domains": "+".join(job.train_domains), "overrides": job.overrides_text, "job": job.digest,
         "labels": str(job.settings.train.labelled_patients or "all"), "adapt": adapt,
     }  # fmt: skip
     result = evaluate(masks, dataset, threads=threads, context=context)

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from anysite.networks import encoder_tensors
 from anysite.objectives import Step
 from anysite.patches import Batch, PatchSampler
 from anysite.plan import Plan
+from anysite.scalars import ScalarWriter
 from anysite.validation import prepare_validation, validate
 
 MEASURED_STEPS = 6
@@ -93,7 +94,7 @@ class Training:
         """
         cases = self._leads() and prepare_validation(self.held_out, self.plan, self.settings.validation_cases)
         began, first = time.monotonic(), self.step
-        with listening() as stop, self._tensorboard() as writer:
+        with listening() as stop, self._curves() as curves:
             for batch in self.batches():
                 values = self.take_step(batch)
                 if cases and (self.step % self.settings.validate_every == 0 or self.step == self.steps):
@@ -101,7 +102,7 @@ class Training:
                         batch_size = self.config.predict.batch_size
                         self.dice = validate(self.learner.network, cases, self.plan, batch_size)
                     values["dice"] = self.dice
-                self._record(values, writer)
+                self._record(values, curves)
                 left_s = (self.steps - self.step) * (time.monotonic() - began) / (self.step - first)
                 self.on_progress(Progress(self.step, self.steps, values["total"], self.dice, left_s))
                 unfinished = self.step < self.steps
@@ -256,12 +257,11 @@ class Training:
             fix="check these cases with anysite check, or start a new run with a lower train.learning_rate",
         )
 
-    def _record(self, values: dict[str, float], writer: Any) -> None:
-        if not self._leads():
+    def _record(self, values: dict[str, float], curves: ScalarWriter | None) -> None:
+        if curves is None:
             return
         self.log.append({"step": self.step, **{k: float(f"{v:.6g}") for k, v in values.items()}})
-        for name, value in values.items():
-            writer.add_scalar(name, value, self.step)
+        curves.add(self.step, values)
 
     def _write_log(self) -> None:
         if self._leads():
@@ -283,18 +283,8 @@ class Training:
                 array = np.stack([_as_pictures(image[:PREVIEWED], colour) for image in images.values()], 1)
                 runs.write_preview(self.output, name, list(images), array)
 
-    @contextmanager
-    def _tensorboard(self) -> Iterator[Any]:
-        if not self._leads():
-            yield None
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(self.output / "tensorboard"), purge_step=self.step + 1)
-        try:
-            yield writer
-        finally:
-            writer.close()
+    def _curves(self) -> AbstractContextManager[ScalarWriter | None]:
+        return ScalarWriter(self.output / "tensorboard", self.step + 1) if self._leads() else nullcontext()
 
 
 def _as_pictures(image: Tensor, colour: bool) -> np.ndarray:

@@ -58,6 +58,14 @@ class Manifest:
                 fix="choose another output folder, or move those files away",
             )
 
+    def sweep(self, names: Iterable[str]) -> None:
+        """Delete what a killed process left half-written of files that only this part writes."""
+        by_folder: dict[Path, set[str]] = {}
+        for name in names:
+            by_folder.setdefault((self.output / name).parent, set()).add(Path(name).name)
+        for folder, own in by_folder.items():
+            atomic.sweep(folder, own)
+
     def is_done(self, case: Case, save_probabilities: bool) -> bool:
         """Tell whether the files of a case lie there as they were written, from the very same image."""
         entry = self.cases.get(case.id)
@@ -102,14 +110,7 @@ class Manifest:
         Raises:
             FileFormatError: it cannot be written.
         """
-        try:
-            atomic.write_json(self.path, self.content)
-        except OSError as error:
-            raise FileFormatError(
-                f"cannot be written ({error.strerror})",
-                where=self.path,
-                fix="free space or choose another folder",
-            ) from error
+        atomic.write_json(self.path, self.content)
 
 
 def manifest_path(output: Path, part: str = "1/1") -> Path:
@@ -210,6 +211,11 @@ def _files_of(manifest: dict[str, Any]) -> dict[str, str | None]:
     return masks | manifest.get("files", {})
 
 
+def _is_name(mask: Any) -> bool:
+    """Tell whether this names a file in the folder, and none elsewhere."""
+    return isinstance(mask, str) and not Path(mask).is_absolute() and ".." not in Path(mask).parts
+
+
 def _is_verdict(verdict: Any) -> bool:
     return verdict is None or (
         isinstance(verdict, dict)
@@ -225,14 +231,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     cases = content.get("cases") if isinstance(content, dict) else None
     if (
         not isinstance(cases, dict)
+        or not isinstance(content.get("origin"), str | None)
         or not isinstance(content.get("files", {}), dict)
         or not all(
             isinstance(entry, dict)
             and entry.get("status") in ("done", "failed")
-            and ("mask" if entry["status"] == "done" else "error") in entry
+            and (_is_name(entry.get("mask")) if entry["status"] == "done" else "error" in entry)
             and _is_verdict(entry.get("verdict"))
             for entry in cases.values()
         )
+        or not all(isinstance(digest, str | None) for digest in _files_of(content).values())
     ):
         raise FileFormatError(
             "not a manifest of predictions", where=path, fix="delete it to predict every case anew"

@@ -9,6 +9,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,12 +97,24 @@ class PreparedCases:
         return digest.hexdigest()[:16]
 
     def _move_to_disk(self, prepared: PreparedCase, index: int) -> PreparedCase:
-        if self.folder is None:
-            self.folder = Path(tempfile.mkdtemp(prefix="anysite-"))
-            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)  # at exit at the latest
-        path = self.folder / f"{index}.npy"
-        np.save(path, prepared.image.numpy(), allow_pickle=False)
-        mapped = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+        path = None
+        try:
+            if self.folder is None:
+                self.folder = Path(tempfile.mkdtemp(prefix="anysite-"))
+                weakref.finalize(
+                    self, shutil.rmtree, self.folder, ignore_errors=True
+                )  # at exit at the latest
+            path = self.folder / f"{index}.npy"
+            np.save(path, prepared.image.numpy(), allow_pickle=False)
+            mapped = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+        except OSError as error:
+            raise DataError(
+                f"prepared cases cannot be written ({error.strerror or error})",
+                where=path or "the folder for temporary files",
+                fix="free space, let TMPDIR name a larger disk, or raise train.cache_memory_gb",
+            ) from error
+        with suppress(OSError):  # Windows keeps a file that is open
+            path.unlink()  # the mapping stays, and a killed process leaves nothing behind
         return replace(prepared, image=mapped)
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from anysite import __version__, runs
+from anysite import __version__, atomic, runs
 from anysite.config import MaskFormat, PredictSettings, choose_adapter
 from anysite.data import files
 from anysite.data.case import Case, Dataset
@@ -141,7 +141,7 @@ def predict(
         sites_known: Whether the domains of the cases are sites, and not just names of folders.
 
     Raises:
-        DataError: two cases with one id.
+        DataError: two cases with one id, or another process predicts this part into this folder.
         ConfigError: a malformed part, an unknown format, a share to refer outside 0 to 1, or an output folder
             where a mask would replace a file that is not ours.
         FileFormatError: the output folder cannot be written.
@@ -171,28 +171,32 @@ def predict(
         "runs": [_describe_run(run) for run in run_folders],
         "settings": settings.model_dump(mode="json"),
     }
-    manifest = Manifest(output, part, runs.fingerprint(origin), facts)
     outputs = [name for case in share for name in _outputs_of(case, save_probabilities, settings)]
-    manifest.require_free([*outputs, *VERDICT_FILES])
-    manifest.claim(VERDICT_FILES)
-    manifest.write()
-    _write_verdicts(manifest, referral)  # those of other runs would pass for these
-    segmenter: Segmenter | None = None
-    for case in share:
-        if manifest.is_done(case, save_probabilities):
-            yield CaseOutcome(case, "skipped", verdict=_decision_of(manifest.cases[case.id]))
-            continue
-        segmenter = segmenter or Segmenter(run_folders, settings, accelerator)
-        split = split_of(case, run_folders, sites_known)
-        yield _attempt_case(segmenter, case, split, manifest, save_probabilities)
-    _write_verdicts(manifest, referral)
+    with atomic.locked(manifest_path(output, part)):
+        manifest = Manifest(output, part, runs.fingerprint(origin), facts)
+        manifest.require_free([*outputs, *VERDICT_FILES])
+        manifest.sweep(outputs)
+        manifest.claim(VERDICT_FILES)
+        manifest.write()
+        _write_verdicts(manifest, referral)  # those of other runs would pass for these
+        segmenter: Segmenter | None = None
+        for case in share:
+            if manifest.is_done(case, save_probabilities):
+                yield CaseOutcome(case, "skipped", verdict=_decision_of(manifest.cases[case.id]))
+                continue
+            segmenter = segmenter or Segmenter(run_folders, settings, accelerator)
+            split = split_of(case, run_folders, sites_known)
+            yield _attempt_case(segmenter, case, split, manifest, save_probabilities)
+        _write_verdicts(manifest, referral)
 
 
 def _write_verdicts(manifest: Manifest, referral: float | None) -> None:
-    """Write the verdicts of all parts of one origin beside the masks."""
-    entries = read_manifests(manifest.output, manifest.content["origin"])["cases"]
-    judged = {name: entry["verdict"] for name, entry in entries.items() if entry.get("verdict")}
-    write_verdicts(manifest.output, judged, referral)
+    """Write the verdicts of all parts of one origin beside the masks; parts that end at once take turns."""
+    with atomic.locked(manifest.output / VERDICT_FILES[0], wait=True):
+        atomic.sweep(manifest.output, VERDICT_FILES)
+        entries = read_manifests(manifest.output, manifest.content["origin"])["cases"]
+        judged = {name: entry["verdict"] for name, entry in entries.items() if entry.get("verdict")}
+        write_verdicts(manifest.output, judged, referral)
 
 
 def _attempt_case(
@@ -206,7 +210,7 @@ def _attempt_case(
     try:
         entry |= _predict_case(segmenter, case, manifest, save_probabilities)
     # Memory that runs out for one large image, or a network that cannot take it, says nothing of the next.
-    except (AnysiteError, RuntimeError, MemoryError, ValueError, ArithmeticError) as caught:
+    except (AnysiteError, OSError, RuntimeError, MemoryError, ValueError, ArithmeticError) as caught:
         error = describe_error(caught)
         mask = manifest.output / mask_name(case, segmenter.settings.format)
         entry |= {"status": "failed", "error": _without_folders(error, case, mask)}

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from anysite import __version__, atomic, config, registry
 from anysite.calibration import Temperature
-from anysite.errors import AnysiteError, ConfigError, RunError
+from anysite.errors import AnysiteError, ConfigError, FileFormatError, RunError, describe_error
 from anysite.judge import Judge
 from anysite.learner import build_network
 from anysite.networks import Network
@@ -37,6 +37,7 @@ CONFIG, PLAN, SPLITS, WEIGHTS = "config.json", "plan.json", "splits.json", "weig
 CHECKPOINT, MANIFEST, LOG = "checkpoint.safetensors", "run.json", "log.jsonl"
 CALIBRATION, JUDGE, REFLECTION = "calibration.json", "judge.safetensors", "reflection.safetensors"
 SEALED = (CONFIG, PLAN, SPLITS, WEIGHTS)
+MAX_HEADER = 2**22  # bytes; thousands of tensors need a tenth of it
 VERSIONED = ("torch", "monai", "lightning-fabric", "numpy", "nibabel", "scipy")
 
 
@@ -64,9 +65,19 @@ class Run:
         Raises:
             RunError: the weights do not fit the network that the configuration describes.
         """
-        network = build_network(self.config, self.plan)
+        network = self._build()
         _load_weights(network, self.path / WEIGHTS)
         return network.eval()
+
+    def _build(self) -> Network:
+        try:
+            return build_network(self.config, self.plan)
+        except (TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
+            raise RunError(
+                f"{CONFIG} and {PLAN} describe no network that can be built ({describe_error(error)})",
+                where=self.path,
+                fix="restore the folder from its source",
+            ) from error
 
     def reflection(self) -> Reflection | None:
         """Build what test-time reflection needs and load its weights; none where the training had no such objective.
@@ -79,7 +90,7 @@ class Run:
         reflection: Reflection = registry.build(
             "objective", "reflection", **self.config.objectives["reflection"]
         )
-        reflection.attach(build_network(self.config, self.plan), self.plan, ())
+        reflection.attach(self._build(), self.plan, ())
         _load_weights(reflection, self.path / REFLECTION)
         return reflection.eval().requires_grad_(False)
 
@@ -280,7 +291,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
     try:
         with atomic.replacing(path) as temporary:
             save_file(content, temporary, {"facts": json.dumps(facts or {})})
-    except (OSError, SafetensorError) as error:
+    except FileFormatError as error:
+        raise RunError(error.found, where=path, fix=error.fix) from error
+    except SafetensorError as error:  # its writer's word for a full disk
         raise RunError(
             f"cannot be written ({error})", where=path, fix="free space or choose another folder"
         ) from error
@@ -293,10 +306,17 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         RunError: the file is missing or damaged.
     """
     try:
+        with Path(path).open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER:
+            raise RunError(
+                f"a header of {length} bytes", where=path, expected=f"a checkpoint's, at most {MAX_HEADER}"
+            )
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"not readable as a checkpoint ({error})", where=path) from error
+            facts = json.loads(file.metadata()["facts"])
+            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RunError(f"not readable as a checkpoint ({describe_error(error)})", where=path) from error
 
 
 @contextmanager
@@ -316,6 +336,13 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def tidy(path: Path) -> None:
+    """Remove what a killed training left in a run folder that the caller has locked."""
+    atomic.sweep(path)
+    if (path / MANIFEST).is_file() and is_finished(path):
+        (path / CHECKPOINT).unlink(missing_ok=True)
 
 
 def fingerprint(content: Any) -> str:

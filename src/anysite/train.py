@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ def train(
         TrainingError: a loss or gradient that is not finite.
         InterruptedTraining: SIGTERM or SIGINT arrived; a checkpoint was saved.
     """
+    config = _locate_start(config, Path(output))
     job = _Job(
         dataset, config, Path(output), budget_s, resume, time.monotonic(), on_progress, facts or {}, plan
     )
@@ -71,6 +72,7 @@ def train(
     fabric = start_fabric(job.kept or config)
     with runs.locked(job.output) if fabric.is_global_zero else nullcontext():
         if fabric.is_global_zero:
+            runs.tidy(job.output)
             _start(job)
         fabric.barrier()
         if not _is_finished(job):
@@ -96,6 +98,20 @@ class _Job:
     def warn(self, note: str) -> None:
         """Tell the user something that does not stop the training."""
         self.on_progress(Progress(0, 0, math.nan, None, math.nan, note))
+
+
+def _locate_start(config: Config, output: Path) -> Config:
+    """Name the run to start from as seen from the run folder: the folders above both may be named after people."""
+    if config.pretrained is None:
+        return config
+    start = str(Path(config.pretrained).resolve())
+    with suppress(ValueError):  # another drive on Windows
+        start = os.path.relpath(start, output.resolve())
+    return config.model_copy(update={"pretrained": start})
+
+
+def _run_to_start_from(pretrained: str, output: Path) -> Path:
+    return (output.resolve() / pretrained).resolve()
 
 
 def _is_finished(job: _Job) -> bool:
@@ -241,7 +257,7 @@ def _check_start(job: _Job, splits: Splits, network: Network) -> None:
     if config.pretrained is not None:
         if config.pretrain.objectives:
             raise ConfigError("both pretrained and pretrain.objectives", expected="one of the two")
-        run = runs.open_run(Path(config.pretrained))
+        run = runs.open_run(_run_to_start_from(config.pretrained, job.output))
         transfer(run, network)
         _require_unseen(run, job.dataset, splits)
 
@@ -271,10 +287,10 @@ def _load_start(fabric: Fabric, job: _Job, training: Training) -> None:
     if config.pretrain.objectives:
         run = _pretrain(fabric, job, training)
     elif config.pretrained is not None:
-        run = runs.open_run(Path(config.pretrained))
+        run = runs.open_run(_run_to_start_from(config.pretrained, job.output))
     else:
         return
-    started_from = {"run": str(run.path), **asdict(transfer(run, training.learner.network))}
+    started_from = {"run": run.path.name, **asdict(transfer(run, training.learner.network))}
     if fabric.is_global_zero:
         runs.note(job.output, started_from=started_from)
 

@@ -46,11 +46,8 @@ def write_verdicts(
         for name in VERDICT_FILES:
             (folder / name).unlink(missing_ok=True)
         return cases
-    try:
-        atomic.write_json(folder / VERDICTS, {"cases": cases})
-        atomic.write_text(folder / VERDICT_FILES[1], _as_table(cases))
-    except OSError as error:
-        raise FileFormatError(f"cannot be written ({error.strerror})", where=folder / VERDICTS) from error
+    atomic.write_json(folder / VERDICTS, {"cases": cases})
+    atomic.write_text(folder / VERDICT_FILES[1], _as_table(cases))
     return cases
 
 

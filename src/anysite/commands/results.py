@@ -92,7 +92,9 @@ def benchmark(
         typer.Option(help="eval, or batch: batch normalisation by test statistics, named with every result"),
     ] = "eval",
     budget: Annotated[str | None, typer.Option(help="wall-clock time of each training")] = None,
-    parallel: Annotated[int, typer.Option(help="jobs at once, sharing the cores")] = 1,
+    parallel: Annotated[
+        int, typer.Option(help="jobs at once, sharing the cores; 0: in this process, one by one")
+    ] = 1,
     keep_runs: Annotated[Path | None, typer.Option(help="keep run folders and masks here")] = None,
 ) -> None:
     """Train and score methods over sites and seeds; one row a case, class and metric."""

@@ -24,7 +24,7 @@ from anysite.data.dicom_headers import (
 )
 from anysite.data.dicom_members import Members, opened, split_choice
 from anysite.data.dicom_pixels import COLOUR, decode_frames, rescale
-from anysite.data.nifti import MAX_VOXELS
+from anysite.data.limits import MAX_VOXELS
 from anysite.data.volume import Volume
 from anysite.errors import DataError, FileFormatError, GeometryError
 

@@ -21,7 +21,7 @@ from anysite.data.dicom_headers import (
 )
 from anysite.data.dicom_members import opened, split_choice
 from anysite.data.dicom_pixels import decode_frames
-from anysite.data.nifti import MAX_VOXELS
+from anysite.data.limits import MAX_VOXELS
 from anysite.data.volume import Volume
 from anysite.errors import FileFormatError, GeometryError, LabelError
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from anysite.data.nifti import MAX_VOXELS
+from anysite.data.limits import MAX_VOXELS
 from anysite.errors import FileFormatError
 
 SUFFIXES = (".dcm", ".zip")

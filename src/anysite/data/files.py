@@ -151,7 +151,7 @@ def write_label(volume: Volume, path: Path, image_path: Path | None = None) -> N
             image says, word for word.
 
     Raises:
-        FileFormatError: the suffix has no writer, or what was read back differs.
+        FileFormatError: the suffix has no writer, the file cannot be written, or what was read back differs.
     """
     path = Path(path)
     suffix = suffix_of(path)
@@ -198,16 +198,11 @@ def write_segmentation(
 @contextmanager
 def _reading_back(volume: Volume, path: Path, image_path: Path | None) -> Iterator[Path]:
     """Yield a temporary file that takes the place of `path` where it is read back as it was meant."""
-    try:
-        with atomic.replacing(path) as temporary:
-            yield temporary
-            written = read_label(temporary, image_path)
-            if not np.array_equal(written.array, volume.array) or not written.same_grid(volume):
-                raise FileFormatError("the mask read back differs from the one written", where=path)
-    except OSError as error:
-        raise FileFormatError(
-            f"cannot be written ({error.strerror})", where=path, fix="free space or choose another folder"
-        ) from error
+    with atomic.replacing(path) as temporary:
+        yield temporary
+        written = read_label(temporary, image_path)
+        if not np.array_equal(written.array, volume.array) or not written.same_grid(volume):
+            raise FileFormatError("the mask read back differs from the one written", where=path)
 
 
 def _format_of(path: Path) -> ModuleType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import warnings
 import zlib
@@ -11,6 +12,7 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageSequence
 
+from anysite.data.limits import require_modest
 from anysite.data.volume import Volume
 from anysite.errors import FileFormatError
 
@@ -66,7 +68,7 @@ def write_label(volume: Volume, path: Path, image_path: Path | None = None) -> N
 
 def _read_pillow(path: Path) -> np.ndarray:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of half of what is refused
         with Image.open(path) as image:
             if image.mode in ("RGBA", "CMYK", "YCbCr", "LAB", "HSV"):
                 image = image.convert("RGB")
@@ -81,6 +83,8 @@ def _read_pillow(path: Path) -> np.ndarray:
 def _read_tiff(path: Path) -> np.ndarray:
     with tifffile.TiffFile(path) as tiff:
         series = tiff.series[0]
+        voxels = math.prod(map(int, series.shape))
+        require_modest(path, voxels, voxels * (series.dtype or np.dtype(float)).itemsize)
         if np.prod(series.shape, dtype=float) > MAX_PIXELS:
             raise FileFormatError(f"{series.shape} pixels", where=path, expected=f"at most {MAX_PIXELS}")
         if any(not other.keyframe.is_reduced for other in tiff.series[1:]):

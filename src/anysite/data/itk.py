@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -12,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from anysite.data.limits import require_modest
 from anysite.data.volume import Volume, require_usable
 from anysite.errors import FileFormatError, GeometryError
 
-MAX_BYTES = 2**34
 MAX_HEADER_BYTES = 2**20
 CHUNK_BYTES = 2**22
 FLIP_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # ITK's axes point to the left and to the back
@@ -186,14 +187,13 @@ def _header_fields(
 
 
 def _count_bytes(path: Path, sizes: list[int], width: int) -> int:
-    count = float(np.prod([*sizes, width], dtype=float))
-    if not sizes or min(sizes) < 1 or count > MAX_BYTES:
+    if not sizes or min(sizes) < 1:
         raise FileFormatError(
-            f"{' x '.join(map(str, sizes))} voxels of {width} bytes",
-            where=path,
-            expected=f"1 to {MAX_BYTES} bytes",
+            f"{' x '.join(map(str, sizes))} voxels", where=path, expected="1 or more an axis"
         )
-    return int(count)
+    voxels = math.prod(sizes)
+    require_modest(path, voxels, voxels * width)
+    return voxels * width
 
 
 def _require_length(path: Path, payload: _Payload) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from pathlib import Path
 
@@ -12,16 +13,18 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Header
 from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 
+from anysite.data.limits import require_modest
 from anysite.data.nifti_place import copy_place, find_affine
 from anysite.data.volume import Volume
 from anysite.errors import FileFormatError, GeometryError
 
-MAX_VOXELS = 2**31
+MAX_EXTENSIONS = 2**24  # bytes between header and voxels
 # What nibabel raises for files that lie about themselves.
 DAMAGED = (
     *(OSError, EOFError, ValueError, TypeError, ArithmeticError, MemoryError, AssertionError, zlib.error),
-    *(ImageFileError, HeaderDataError),
+    *(ImageFileError, HeaderDataError, WrapStructError, LookupError),
 )
 
 
@@ -29,15 +32,14 @@ def read(path: Path) -> Volume:
     """Read a NIfTI file; a fourth axis becomes channels.
 
     Raises:
-        FileFormatError: not NIfTI, truncated, or larger than `MAX_VOXELS`.
+        FileFormatError: not NIfTI, truncated, or larger than an image can be.
         GeometryError: fewer than two or more than four axes, or a header that `find_affine` refuses.
     """
     try:
+        _require_modest(path)
         image = nibabel.load(path)
         assert isinstance(image, nibabel.Nifti1Image)
         shape, dtype = image.shape, np.dtype(image.get_data_dtype())
-        if np.prod(shape, dtype=float) > MAX_VOXELS:
-            raise FileFormatError(f"{shape} voxels", where=path, expected=f"at most {MAX_VOXELS}")
         offset = int(image.dataobj.offset)  # pyright: ignore[reportAttributeAccessIssue]
         _require_length(path, offset + int(np.prod(shape)) * dtype.itemsize)
         affine = find_affine(_read_header(path, type(image.header)))
@@ -88,6 +90,25 @@ def _read_header(path: Path, kind: type[Nifti1Header]) -> Nifti1Header:
     """Return the header as it lies in the file: nibabel's loader mends, say, a voxel size of 0 into 1."""
     with ImageOpener(str(path)) as file:
         return kind.from_fileobj(file, check=False)
+
+
+def _require_modest(path: Path) -> None:
+    """Read the header alone, before nibabel reads the extensions after it, which may be of any length."""
+    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream:
+        block = stream.read(nibabel.Nifti2Header.sizeof_hdr)
+    kind = nibabel.Nifti2Header if nibabel.Nifti2Header.may_contain_header(block) else nibabel.Nifti1Header
+    header = kind(block[: kind.sizeof_hdr], check=False)
+    shape, offset = header.get_data_shape(), float(header["vox_offset"])
+    voxels = math.prod(map(int, shape))
+    if min(shape, default=0) < 0:
+        raise FileFormatError(f"a shape of {shape}", where=path, expected="numbers of voxels")
+    if not 0 <= offset <= MAX_EXTENSIONS:
+        raise FileFormatError(
+            f"voxels that begin at byte {offset:g}", where=path, expected=f"at most {MAX_EXTENSIONS}"
+        )
+    scaled = header["scl_slope"] not in (0, 1) or header["scl_inter"] != 0
+    size = max(header.get_data_dtype().itemsize, 8 if scaled else 0)
+    require_modest(path, voxels, voxels * size)
 
 
 def _require_length(path: Path, expected: int) -> None:

@@ -1,0 +1,34 @@
+"""How large a file may claim to be, decided from its header before anything is allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from anysite.errors import FileFormatError
+
+MAX_VOXELS = 2**31
+MAX_BYTES = 2**33  # in memory, eight times a CT of the whole body
+# A gibibyte that compressed to less than this share is nothing but one repeated value.
+UNSUSPICIOUS_BYTES, MAX_RATIO = 2**30, 500
+
+
+def require_modest(path: Path, voxels: int, bytes_in_memory: int) -> None:
+    """Refuse what no image is: too many voxels or bytes, or a small file that would unpack to gigabytes.
+
+    Raises:
+        FileFormatError: the file claims so.
+    """
+    if voxels > MAX_VOXELS:
+        raise FileFormatError(f"{voxels} voxels", where=path, expected=f"at most {MAX_VOXELS}")
+    if bytes_in_memory > MAX_BYTES:
+        raise FileFormatError(
+            f"{bytes_in_memory} bytes of voxels", where=path, expected=f"at most {MAX_BYTES}"
+        )
+    stored = max(1, path.stat().st_size)
+    if bytes_in_memory > UNSUSPICIOUS_BYTES and bytes_in_memory > MAX_RATIO * stored:
+        raise FileFormatError(
+            f"a file of {stored} bytes that would unpack to {bytes_in_memory}",
+            where=path,
+            expected=f"at most {MAX_RATIO} times its size",
+            fix="store it with a smaller data type, or uncompressed",
+        )
