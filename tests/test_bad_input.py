@@ -181,21 +181,21 @@ def constant_image(tmp: Path, run: Path) -> list[object]:
 # Images and labels that do not fit
 
 
-@bad(r"a: a label of shape \(32, 31\).*expected the image's shape \(32, 32\)")
+@bad(r"masks/a\.png: shape \(32, 31\).*expected shape \(32, 32\)")
 def label_of_other_shape(tmp: Path, run: Path) -> list[object]:
     data = dataset(tmp)
     write(label_of(data), square((32, 31)))
     return train(tmp, data)
 
 
-@bad(r"a: a label of shape \(16, 16, 16\) and spacing 2 x 1 x 1; expected .* spacing 1 x 1 x 1")
+@bad(r"masks/a\.nii\.gz: shape \(16, 16, 16\), spacing 2 x 1 x 1 mm.*; expected .* spacing 1 x 1 x 1")
 def label_of_other_spacing(tmp: Path, run: Path) -> list[object]:
     data = dataset(tmp, ".nii.gz")
     write(label_of(data, ".nii.gz"), square((16, 16, 16)), spacing=2.0)
     return train(tmp, data)
 
 
-@bad(r"north/masks/a\.png: label value 9; expected only 0, 1 \(background, organ\)")
+@bad(r"north/masks/a\.png: value 9; expected only 0, 1")
 def label_value_undeclared(tmp: Path, run: Path) -> list[object]:
     data = dataset(tmp)
     write(label_of(data), square() * 9)
@@ -219,7 +219,7 @@ def volume_for_a_run_of_pictures(tmp: Path, run: Path) -> list[object]:
     return predict(tmp, run, write(tmp / "v.nii.gz", grey(shape=(16, 16, 16))))
 
 
-@bad(r"[abcd]: 2 spatial axes and \d channels; expected 2 and \d as in ")
+@bad(r"images/[abcd]\.png: \d channels; expected \d channels as ")
 def channels_that_differ(tmp: Path, run: Path) -> list[object]:
     data = dataset(tmp)
     write(image_of(data), grey(shape=(32, 32, 3)))
@@ -274,14 +274,14 @@ def masks_of_other_cases(tmp: Path, run: Path) -> list[object]:
 @bad(r"index\.csv: no column 'image' among case, picture; expected the columns case and image")
 def csv_without_images(tmp: Path, run: Path) -> list[object]:
     (tmp / "index.csv").write_text("case,picture\nx,gone.png\n")
-    return ["check", tmp]
+    return ["info", tmp]
 
 
 @bad(r"dataset\.json: not readable as JSON")
 def declaration_garbled(tmp: Path, run: Path) -> list[object]:
     data = dataset(tmp)
     (data / "dataset.json").write_text('{"labels": ')
-    return ["check", data]
+    return ["info", data]
 
 
 # Run folders and manifests

@@ -21,11 +21,11 @@ def save(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> None:
     nibabel.Nifti1Image(array, affine).to_filename(path)
 
 
-def image_of(seed: int, shape=(6, 5, 4)) -> np.ndarray:
+def image_of(seed: int, shape=(10, 9, 4)) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def label_of(*values: int, shape=(6, 5, 4)) -> np.ndarray:
+def label_of(*values: int, shape=(10, 9, 4)) -> np.ndarray:
     array = np.zeros(shape, np.uint8)
     array.flat[: len(values)] = values
     return array
@@ -70,9 +70,9 @@ def test_a_clean_dataset_has_no_problem_and_a_summary(folder):
         "dimensions": [3],
         "channels": [2],
         "unit": "mm",
-        "shape": [[6, 6], [5, 5], [4, 4]],
+        "shape": [[10, 10], [9, 9], [4, 4]],
         "spacing": [[1, 1], [1, 1], [2, 2]],
-        "class_share": {"background": 117 / 120, "one": 1 / 120, "two": 2 / 120},
+        "class_share": {"background": 357 / 360, "one": 1 / 360, "two": 2 / 360},
     }
 
 
@@ -94,13 +94,13 @@ def test_faults_of_files_are_listed_in_one_pass(folder):
     broken = image_of(99)
     broken[1, 1, 1] = np.nan
     save(folder / "c3_0.nii", broken)
-    save(folder / "c4_1.nii", image_of(98, (6, 5, 3)))
+    save(folder / "c4_1.nii", image_of(98, (10, 9, 3)))
     save(folder / "c4_label.nii", label_of(1, 2, 7))
     moved = AFFINE.copy()
     moved[0, 3] = 1
     save(folder / "c5_label.nii", label_of(1, 2), moved)
-    save(folder / "c6_0.nii", np.full((6, 5, 4), 7.0, np.float32))
-    save(folder / "c6_label.nii", label_of(shape=(6, 5, 3)))
+    save(folder / "c6_0.nii", np.full((10, 9, 4), 7.0, np.float32))
+    save(folder / "c6_label.nii", label_of(shape=(10, 9, 3)))
     save(folder / "c7_label.nii", label_of(1, 2).astype(np.float32) + 0.5)
     problems = check_dataset(folder)
     assert sorted((p.severity, p.case, p.rule) for p in problems) == [
@@ -120,7 +120,7 @@ def test_faults_of_files_are_listed_in_one_pass(folder):
     found = {(p.case, p.rule): p for p in problems}
     assert Path(found["c1", "unreadable file"].file).name == "c1_1.nii"
     assert (found["c4", "label values"].observed, found["c4", "label values"].expected) == (
-        "7",
+        "value 7",
         "only 0, 1, 2",
     )
     assert all(p.observed and p.expected and p.fix for p in problems)
@@ -143,8 +143,10 @@ def test_faults_between_cases_are_listed_in_one_pass(folder):
     edit(folder, "c3,p3,X,c3_0.nii,c3_1.nii,c3_label.nii", "c3,p3,Z,a.png,b.png,l.jpg")
     rng = np.random.default_rng(0)
     for name in ("a.png", "b.png"):
-        Image.fromarray(rng.integers(0, 255, (6, 5)).astype(np.uint8)).save(folder / name)
-    Image.fromarray(np.ones((6, 5), np.uint8)).save(folder / "l.jpg")
+        Image.fromarray(rng.integers(0, 255, (10, 9)).astype(np.uint8)).save(folder / name)
+    label = np.zeros((10, 9), np.uint8)
+    label[:8, :8] = 1
+    Image.fromarray(label).save(folder / "l.jpg", quality=100)
     assert rules(folder) == [
         ("error", "c0", "channel count"),
         ("error", "c2", "identical images"),
@@ -162,7 +164,8 @@ def test_faults_between_cases_are_listed_in_one_pass(folder):
 
 def test_classes_that_cannot_be_inferred_are_one_problem_among_others(folder):
     (folder / "dataset.json").unlink()
-    save(folder / "c0_label.nii", label_of(1, 2, 200))
+    for case in range(8):
+        save(folder / f"c{case}_label.nii", label_of(1, 2, 200))
     (folder / "c1_0.nii").unlink()
     problems = check_dataset(folder)
     assert [(p.case, p.rule) for p in problems] == [("c1", "missing file"), ("", "undeclared classes")]
@@ -173,6 +176,6 @@ def test_spacing_is_compared_in_anatomical_axes(folder):
     for thickness, expected in ((2.0, []), (6.5, [("warning", "c0", "spacing outlier")])):
         slices_first = np.diag([1.0, 1.0, thickness, 1.0])[:, [2, 0, 1, 3]]
         for channel in range(2):
-            save(folder / f"c0_{channel}.nii", image_of(channel, (4, 6, 5)), slices_first)
-        save(folder / "c0_label.nii", label_of(1, 2, shape=(4, 6, 5)), slices_first)
+            save(folder / f"c0_{channel}.nii", image_of(channel, (4, 10, 9)), slices_first)
+        save(folder / "c0_label.nii", label_of(1, 2, shape=(4, 10, 9)), slices_first)
         assert rules(folder) == expected

@@ -16,11 +16,14 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from anysite.errors import FaultyDataError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from anysite.benchmark import JobOutcome
-    from anysite.data.check import Inspection
+    from anysite.data.check import Inspection, Problem
+    from anysite.data.check.shift import Shift
     from anysite.evaluate import Evaluation
     from anysite.loop import Progress
     from anysite.predict import CaseOutcome
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 output = Console(highlight=False)
 NAMED = 8  # cases in one line
+SHOWN = 20  # problems of one rule
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -38,8 +42,11 @@ def say(text: str) -> None:
 
 
 def complain(error: Exception) -> None:
-    """Print an error as one line on standard error."""
+    """Print an error as one line on standard error, and where it is many, each on its own below."""
     errors.print(Text.assemble(("error: ", "bold red"), " ".join(str(error).splitlines())))
+    if isinstance(error, FaultyDataError) and len(error.faults) > 1:
+        for fault in error.faults:
+            errors.print(Text(f"  {fault}"))
 
 
 def as_json(content: Any) -> None:
@@ -65,19 +72,40 @@ def show_inspection(inspection: Inspection) -> None:
             f"{' x '.join(_range(*r) for r in site.spacing)} {site.unit}",
         )  # fmt: skip
     output.print(sites)
+    for shift in inspection.shift:
+        _show_shift(shift)
+    groups: dict[tuple[str, str], list[Problem]] = {}
     for problem in inspection.problems:
-        colour = "red" if problem.severity == "error" else "yellow"
-        place = " ".join(part for part in (problem.case, problem.file) if part)
-        output.print(
-            Text.assemble(
-                (f"{problem.severity}: ", f"bold {colour}"),
-                f"{place + ': ' if place else ''}{problem.observed}; expected {problem.expected}. {problem.fix}.",
-                (f"  [{problem.rule}]", "dim"),
-            ),
-            soft_wrap=True,
-        )
+        groups.setdefault((problem.severity, problem.rule), []).append(problem)
+    for (severity, rule), problems in groups.items():
+        colour = "red" if severity == "error" else "yellow"
+        count = f" ({len(problems)})" if len(problems) > 1 else ""
+        output.print(Text.assemble((f"{severity}: ", f"bold {colour}"), (rule, "bold"), count))
+        for number, problem in enumerate(problems[:SHOWN]):
+            place = " ".join(part for part in (problem.case, problem.file) if part)
+            last = number + 1 == len(problems[:SHOWN]) or problems[number + 1].fix != problem.fix
+            say(
+                f"  {place + ': ' if place else ''}{problem.observed}; expected {problem.expected}"
+                + (f"\n  -> {problem.fix}" if last else "")
+            )
+        if len(problems) > SHOWN:
+            say(f"  and {len(problems) - SHOWN} more, which --json and --output list")
     count = {s: sum(p.severity == s for p in inspection.problems) for s in ("error", "warning")}
     say(f"{count['error']} errors, {count['warning']} warnings")
+
+
+def _show_shift(shift: Shift) -> None:
+    """Print the sites from the one that differs most, with their distances in intensity."""
+    names = [site.domain for site in shift.sites]
+    distances = table("site", "mean", *names, title="Distances in intensity")
+    for site, row in zip(shift.sites, shift.intensity, strict=True):
+        cells = (
+            "-" if name == site.domain else f"{value:.2f}" for name, value in zip(names, row, strict=True)
+        )
+        distances.add_row(Text(site.domain), f"{site.distance:.2f}", *cells)
+    output.print(distances)
+    if len(names) > 2:
+        say(f"most different: {names[0]}")
 
 
 @contextmanager

@@ -51,6 +51,18 @@ class LabelError(DataError):
     """Label values outside the declared classes."""
 
 
+class FaultyDataError(DataError):
+    """A dataset with errors, all of which are told: `faults` has one line for each."""
+
+    def __init__(self, faults: list[str], *, where: object = "") -> None:
+        self.faults = tuple(faults)
+        if len(faults) == 1:
+            super().__init__(faults[0])
+        else:
+            found = f"{len(faults)} errors in the cases to learn from"
+            super().__init__(found, where=where, fix="mend or exclude them; anysite check says how")
+
+
 class RunError(AnysiteError):
     """A run folder with a missing, altered or incompatible part."""
 

@@ -20,6 +20,7 @@ from anysite import compute, registry, runs
 from anysite.calibrate import calibrate
 from anysite.config import Config, PretrainSettings, choose_adapter, differing_settings
 from anysite.data.case import Dataset
+from anysite.data.check import require_sound
 from anysite.errors import ConfigError, RunError, describe_error
 from anysite.judge import Judge
 from anysite.learner import build_learner, needs_labels
@@ -56,6 +57,7 @@ def train(
 
     Raises:
         ConfigError: settings that do not fit each other or the data.
+        FaultyDataError: errors in files of training sites, all of them listed; test sites are not read.
         DataError: cases that cannot be used.
         RunError: `output` already holds a run, or no checkpoint that `resume` could continue.
         TrainingError: a loss or gradient that is not finite.
@@ -131,6 +133,11 @@ def _start(job: _Job) -> None:
             "no image of the training sites is without a label, so that train.unlabelled_share does nothing"
         )
     threads = compute.use_threads(job.config.train.threads)
+    if job.plan is None:  # who brings a plan has read the files
+        seen = {case.id for part in (splits.training, splits.held_out) for case in part.cases} | {
+            case.id for case in splits.unlabelled
+        }
+        require_sound(job.dataset.with_cases(case for case in job.dataset.cases if case.id in seen), threads)
     plan = job.plan or learn_plan(splits.training, job.config.plan, threads)
     domains = splits.learned_domains
     if job.config.predict.task:

@@ -8,15 +8,26 @@ from typing import Annotated
 import typer
 
 from anysite.commands import AsJson, DatasetPath
+from anysite.errors import ConfigError
 
 
-def check(dataset: DatasetPath, json: AsJson = False) -> None:
+def check(
+    dataset: DatasetPath,
+    output: Annotated[Path | None, typer.Option(help="also write it as this .html file")] = None,
+    json: AsJson = False,
+) -> None:
     """List every problem of a dataset at once, with the file, what was found and what to do."""
     from anysite import console
     from anysite.data.check import inspect_dataset
 
+    if output is not None and output.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--output {output}", expected="a file ending in .html")
     inspection = inspect_dataset(dataset)
     console.as_json(inspection) if json else console.show_inspection(inspection)
+    if output is not None:
+        from anysite.report.inspection import write_inspection
+
+        write_inspection(inspection, output, dataset.resolve().name)
     if any(problem.severity == "error" for problem in inspection.problems):
         raise typer.Exit(1)
 

@@ -163,7 +163,7 @@ def _from_manifest(path: Path) -> Dataset:
     if path.is_dir():
         path = next(path / name for name in MANIFESTS if (path / name).is_file())
     folder = path.parent
-    columns, rows = _read_table(path)
+    columns, rows = read_table(path)
     for column in ("case", "image"):
         if column not in columns:
             raise DataError(
@@ -209,7 +209,12 @@ def _from_manifest(path: Path) -> Dataset:
     return _dataset(folder, cases, read_declaration(folder / "dataset.json"))
 
 
-def _read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Read a CSV manifest: its columns, in lower case, and each row with its line number.
+
+    Raises:
+        DataError: not UTF-8, not CSV, or two columns of one name.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -189,6 +189,50 @@ def trace_plot(values: Sequence[tuple[float, float]], title: str) -> Markup:
     return _svg(width, height, title, f"From {means[0][1]:.3g} to {means[-1][1]:.3g}.", parts)
 
 
+def histogram_plot(edges: Sequence[float], curves: Mapping[str, Sequence[float]], title: str) -> Markup:
+    """Draw one outline a name through the shares of its bins, which lie between `edges`."""
+    width, height, left, top, right = 940, 300, 16, 12, 170
+    bottom = height - 44
+    low, high = edges[0], edges[-1]
+    peak = max((max(shares) for shares in curves.values()), default=0.0) or 1.0
+
+    def x(value: float) -> float:
+        return left + (value - low) / (high - low) * (width - left - right)
+
+    tick = Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
+    grid = Markup('<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{}" y2="{}"/>')
+    step = max(1, math.ceil((high - low) / 12))
+    parts = []
+    for value in range(math.ceil(low / step) * step, math.floor(high) + 1, step):
+        parts += [
+            grid.format(top, bottom, x=x(value)),
+            tick.format(x(value), bottom + 16, "middle", str(value).replace("-", "\u2212")),
+        ]
+    middle = (left + width - right) / 2
+    parts.append(
+        tick.format(middle, bottom + 36, "middle", "intensity, in standard deviations from the mean")
+    )
+    for number, (name, shares) in enumerate(curves.items()):
+        corners = [(edges[0], 0.0)]
+        for start, end, share in zip(edges, edges[1:], shares, strict=False):
+            corners.append(((start + end) / 2, share))
+        corners.append((edges[-1], 0.0))
+        path = " ".join(f"{x(v):.1f},{bottom - share / peak * (bottom - top):.1f}" for v, share in corners)
+        key = Markup('<circle cx="{}" cy="{}" r="4"/><text class="name" x="{}" y="{}">{}</text>').format(
+            width - right + 14,
+            top + 8 + 18 * number,
+            width - right + 24,
+            top + 12 + 18 * number,
+            _short(name),
+        )
+        parts.append(
+            Markup('<g class="line line{}"><polyline points="{}"><title>{}</title></polyline>{}</g>').format(
+                number % 8, path, name, key
+            )
+        )
+    return _svg(width, height, title, f"One outline for each of {', '.join(curves)}.", parts)
+
+
 def _axis(x: Callable[[float], float], start: int, step: int, bottom: int) -> Markup:
     parts = []
     for tick in range(start, 101, step):
