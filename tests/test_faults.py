@@ -249,7 +249,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=False)
+        subprocess.run(["umount", "-l", str(folder)], check=False)  # a file may still be open
 
 
 def require_a_named_error(write: Callable[[Path], object], path: Path, broken: Any) -> None:
