@@ -92,6 +92,43 @@ def test_check_lists_sites_and_problems(phantom_folder: Path, tmp_path: Path) ->
     assert {site["domain"]: site["cases"] for site in content["sites"]} == {"north": 2, "east": 2}
 
 
+def test_check_writes_a_page_that_needs_nothing_else(phantom_folder: Path, tmp_path: Path) -> None:
+    out = succeed("check", phantom_folder, "--output", tmp_path / "check.html")
+    assert "most different: " in out
+    page = (tmp_path / "check.html").read_text(encoding="utf-8")
+    assert "None found." in page
+    assert page.count("<polyline") == 3
+    assert not re.search(r"(src|href)=", page)
+    assert str(phantom_folder) not in page
+    assert call("check", phantom_folder, "--output", tmp_path / "check.txt").code == 2
+
+
+def test_check_reports_a_contradictory_layout_as_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "index.csv").write_text("case,picture\nx,gone.png\n")
+    result = call("check", tmp_path, "--json")
+    assert (result.code, result.err) == (1, "")
+    (problem,) = json.loads(result.out)["problems"]
+    assert problem["rule"] == "contradictory layout"
+    assert "image" in problem["observed"]
+    assert call("check", tmp_path / "gone").code == 2
+
+
+def test_training_lists_all_errors_and_ignores_those_of_test_sites(tmp_path: Path) -> None:
+    damaged = write_phantom(
+        tmp_path / "phantom", patients_per_site=3, size=32, sites=("north", "east", "west")
+    )
+    victims = sorted(damaged.glob("east/images/*.png"))[:2] + sorted(damaged.glob("west/images/*.png"))[:1]
+    for victim in victims:
+        victim.write_bytes(b"")
+    result = call("train", damaged, "--output", tmp_path / "run", "--test-domain", "west")
+    assert result.code == 2
+    first, *faults = result.err.splitlines()
+    assert "2 errors in the cases to learn from" in first
+    assert [victim.name in fault for victim, fault in zip(victims, faults, strict=False)] == [True, True]
+    assert len(faults) == 2
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def test_the_masks_are_those_of_cases_not_trained_on(run: Path, masks: Path, phantom_folder: Path) -> None:
     splits = runs.open_run(run).splits
     manifest = predict.read_manifests(masks)

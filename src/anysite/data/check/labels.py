@@ -65,7 +65,8 @@ def check_values(dataset: Dataset, readings: Sequence[Reading]) -> Iterator[Prob
             )  # fmt: skip
         else:
             yield of_case(
-                "label values", reading.case, file, f"value{'s' if len(unknown) > 1 else ''} {_listed(unknown, 10)}", f"only {declared}",
+                "label values", reading.case, file,
+                f"value{'s' if len(unknown) > 1 else ''} {_listed(unknown, 10)}", f"only {declared}",
                 "declare the classes in dataset.json or mend the label",
             )  # fmt: skip
 
