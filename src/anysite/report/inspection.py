@@ -85,7 +85,11 @@ def _describe(shift: Shift) -> Difference:
     return Difference(
         shift,
         histogram_plot(shift.edges, curves, "Normalised intensity by site"),
-        tuple(_matrix(title, shift, values, least) for title, values, least in kinds),
+        tuple(
+            _matrix(title, shift, values, least)
+            for title, values, least in kinds
+            if max(value for row in values for value in row) > least  # otherwise there is nothing to show
+        ),
     )
 
 
