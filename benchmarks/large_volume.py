@@ -34,7 +34,7 @@ print(learn_plan(open_dataset(sys.argv[1]), PlanSettings()).reasons)
 """
 SETTINGS = (
     "train.steps=2", "plan.dimension=3d", "plan.spacing=[1.5,1.5,1.5]", "plan.patch_size=[64,64,64]", "network.width=8",
-    "train.batch_size=1", "predict.flips=false", "judge.shifted_copies=0",
+    "train.batch_size=1", "predict.flips=false", "predict.overlap=0.25", "judge.shifted_copies=0",
 )  # fmt: skip
 
 

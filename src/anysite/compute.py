@@ -11,6 +11,7 @@ import torch
 from anysite.errors import ConfigError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 2**27  # larger blocks are whole volumes, which a step does not ask for again
 
 
 def count_cores() -> int:
@@ -55,9 +56,11 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep large freed blocks for the next step instead of returning them to the kernel.
 
     Every training step frees and asks for the same activations; with the default thresholds each of them is
-    mapped and zeroed anew. Returns whether the C library took the setting.
+    mapped and zeroed anew. Blocks above `KEPT_BYTES` are still returned at once. Returns whether the C library
+    took the setting.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     library = ctypes.CDLL(None)
-    return bool(library.mallopt(M_MMAP_THRESHOLD, 1 << 30) and library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    kept = library.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    return bool(kept)

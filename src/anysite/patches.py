@@ -339,7 +339,7 @@ def slide(
             to_image, from_window = _overlap(start, size, image.shape[1:])
             merged[(slice(None), *to_image)] += value[(slice(None), *from_window)] * weight[from_window]
             total[to_image] += weight[from_window]
-    return merged / total
+    return merged.div_(total)
 
 
 def _overlap(

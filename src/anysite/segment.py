@@ -215,7 +215,8 @@ class Segmenter:
 
     def _decide(self, maps: GridMaps) -> tuple[Volume, float | None]:
         """Return the label map on the image's own grid, and the mean Dice of each two of several networks."""
-        label = np.empty((1, *maps.native.shape), np.int32)
+        smallest = np.uint8 if len(self.plan.classes) <= 256 else np.int32
+        label = np.empty((1, *maps.native.shape), smallest)
         shared: np.ndarray | None = None
         for rows in maps.blocks():
             views = maps.rows(rows)

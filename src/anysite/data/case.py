@@ -45,7 +45,9 @@ class Case:
                     f"spacing {_rounded(channels[0].spacing)}",
                     fix="resample the channels of a case to one grid",
                 )
-        image = channels[0].with_array(np.concatenate([channel.array for channel in channels]))
+        image = channels[0]
+        if len(channels) > 1:
+            image = image.with_array(np.concatenate([channel.array for channel in channels]))
         if image.array.min() == image.array.max():
             raise DataError(
                 f"every voxel is {image.array.flat[0]:g}",

@@ -109,7 +109,7 @@ def read(path: Path) -> Volume:
     except GeometryError as error:
         where = error.where or path
         raise GeometryError(error.found, where=where, expected=error.expected, fix=error.fix) from None
-    if not np.isfinite(volume.array).all():
+    if volume.array.dtype.kind == "f" and not np.isfinite(volume.array).all():
         bad = int((~np.isfinite(volume.array)).sum())
         raise FileFormatError(
             f"{bad} voxels that are NaN or infinite", where=path, fix="repair or exclude the file"
@@ -245,7 +245,7 @@ def _as_label(volume: Volume, path: Path) -> Volume:
             fix="convert colours to class indices",
         )
     whole = array if array.dtype.kind in "bui" else np.rint(array)
-    if (whole != array).any() or whole.min() < 0 or whole.max() >= 2**31:
+    if (whole is not array and (whole != array).any()) or whole.min() < 0 or whole.max() >= 2**31:
         raise LabelError("label values that are negative, not whole numbers or beyond 32 bits", where=path)
     return volume.with_array(whole.astype(np.int32))
 
