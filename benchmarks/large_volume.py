@@ -61,7 +61,7 @@ def write_ct(folder: Path, name: str, slices: int, seed: int) -> None:
 
 
 def run(*arguments: str) -> tuple[float, int]:
-    """Run Python with these arguments; return its seconds and its peak memory in MB."""
+    """Run Python with these arguments; return its seconds and its peak memory in MiB."""
     began = time.monotonic()
     process = subprocess.Popen([sys.executable, *arguments], stdout=sys.stderr)
     _, status, usage = os.wait4(process.pid, 0)
@@ -97,7 +97,7 @@ def main() -> None:
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         **{f"{verb}_seconds": seconds for verb, (seconds, _) in measured.items()},
-        **{f"{verb}_peak_memory_mb": peak for verb, (_, peak) in measured.items()},
+        **{f"{verb}_peak_memory_mib": peak for verb, (_, peak) in measured.items()},
     }
     print(json.dumps(result, indent=1))
     if options.output:

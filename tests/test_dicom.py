@@ -362,7 +362,6 @@ def test_a_dataset_may_name_folders_and_zips(tmp_path):
 def test_stored_messages_name_no_folders_above_a_series(tmp_path):
     several(tmp_path / "study")
     case = open_images(tmp_path / "study")[0]
-    (tmp_path / "study" / "a1_0").write_bytes(b"")
     (tmp_path / "study" / "b0_0").write_bytes(b"DICM".rjust(132, b"\0"))
     with pytest.raises(DataError) as caught:
         case.image()

@@ -440,6 +440,15 @@ def test_a_truncated_slice_is_named_among_the_others(tmp_path):
     assert uid("slice") not in text
 
 
+def test_an_outer_slice_cut_to_nothing_is_not_overlooked(tmp_path):
+    folder = write(series(voxels()), tmp_path / "study")
+    path = sorted(folder.iterdir())[-1]
+    assert not path.suffix
+    for length in (0, 90, 131):
+        path.write_bytes(path.read_bytes()[:length])
+        assert f"{path.name}: a file of {path.stat().st_size} bytes" in refusal(folder)
+
+
 def test_garbage_and_deep_nesting_are_refused(tmp_path):
     rng = random.Random(0)
     content = bytearray(write_file(series(voxels((1, 8, 10)))[0], tmp_path / "whole.dcm").read_bytes())

@@ -110,8 +110,9 @@ def scaled(image: nibabel.Nifti1Image, affine: np.ndarray) -> None:
 
 
 def sheared(image: nibabel.Nifti1Image, affine: np.ndarray) -> None:
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
     shear = np.eye(4)
-    shear[0, 1] = 0.1
+    shear[0, 1] = 0.2 * sizes[1] / sizes[0]
     set_forms(image, affine @ shear, 1, None, 0)
 
 
@@ -140,7 +141,7 @@ STATES = {
     "no code": State(uncoded),
     "mirrored forms": State(mirrored, "in the sform and .* in the qform"),
     "forms of two scales": State(scaled, "mm in the sform and"),
-    "sheared": State(sheared, "axes that meet at [78].* degrees"),
+    "sheared": State(sheared, "axes that meet at 78.7 degrees"),
     "singular sform": State(singular, "singular"),
 }
 

@@ -16,6 +16,7 @@ from anysite.data.limits import MAX_VOXELS
 from anysite.errors import FileFormatError
 
 SUFFIXES = (".dcm", ".zip")
+MAGIC_END = 132  # bytes that every DICOM file begins with
 MAX_MEMBERS = 100_000
 MAX_BYTES = 2 * MAX_VOXELS
 # Of a ZIP that unpacks to more than a few series' worth of bytes.
@@ -52,7 +53,7 @@ def has_magic(path: Path) -> bool:
     """Tell whether a file begins as DICOM files do."""
     try:
         with path.open("rb") as file:
-            return _is_magic(file.read(132))
+            return _is_magic(file.read(MAGIC_END))
     except OSError:
         return False
 
@@ -67,7 +68,7 @@ def opened(base: Path) -> Iterator[Members]:
         FileFormatError: nothing is there, or a ZIP that is damaged, encrypted or too large.
     """
     if base.is_dir():
-        yield {path.name: partial(path.open, "rb") for path in _files_in(base) if _belongs(path)}
+        yield _members_of(base)
     elif not base.is_file():
         raise FileFormatError("no such file or folder", where=base)
     elif base.suffix.lower() == ".zip":
@@ -125,7 +126,7 @@ def _counts(archive: zipfile.ZipFile, name: str, base: Path) -> bool:
         return True
     try:
         with archive.open(name) as file:
-            return _is_magic(file.read(132))
+            return _is_magic(file.read(MAGIC_END))
     except DAMAGED_ZIP as error:
         raise FileFormatError(f"a damaged ZIP ({type(error).__name__})", where=base) from None
 
@@ -137,6 +138,22 @@ def _open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, base: Path) ->
         raise FileFormatError(f"a damaged ZIP ({type(error).__name__})", where=base) from None
 
 
+def _members_of(folder: Path) -> Members:
+    listed = {path.name: path for path in _files_in(folder)}
+    members = {name: partial(path.open, "rb") for name, path in listed.items() if _belongs(path)}
+    for name, path in listed.items():
+        # Without its first or last slice a series would look whole.
+        if members and not path.suffix and name not in members and path.stat().st_size < MAGIC_END:
+            everything = {other: partial(file.open, "rb") for other, file in listed.items()}
+            raise FileFormatError(
+                f"{name_member(name, everything)}: a file of {path.stat().st_size} bytes",
+                where=folder,
+                expected=f"{MAGIC_END} or more, as every DICOM file has",
+                fix="copy it again if it was cut short, else move it away",
+            )
+    return members
+
+
 def _files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
 
@@ -146,4 +163,4 @@ def _belongs(path: Path) -> bool:
 
 
 def _is_magic(beginning: bytes) -> bool:
-    return beginning[128:132] == b"DICM"
+    return beginning[128:MAGIC_END] == b"DICM"
