@@ -191,7 +191,8 @@ def trace_plot(values: Sequence[tuple[float, float]], title: str) -> Markup:
 
 def histogram_plot(edges: Sequence[float], curves: Mapping[str, Sequence[float]], title: str) -> Markup:
     """Draw one outline a name through the shares of its bins, which lie between `edges`."""
-    width, height, left, top, right = 940, 300, 16, 12, 170
+    longest = max((len(_short(name)) for name in curves), default=0)
+    width, height, left, top, right = 940, 300, 16, 12, 40 + 8 * longest
     bottom = height - 44
     low, high = edges[0], edges[-1]
     peak = max((max(shares) for shares in curves.values()), default=0.0) or 1.0
