@@ -47,6 +47,8 @@ bench: install
 	$(BIN)/python benchmarks/objective_step.py medcontext
 	$(BIN)/python benchmarks/judge_overhead.py
 	$(BIN)/python benchmarks/check.py
+	$(BIN)/python benchmarks/predict_profile.py
+	$(BIN)/python benchmarks/large_volume.py
 
 # Resolve every dependency anew for all supported Python versions and platforms. CUDA packages are left out:
 # with a CPU build of PyTorch nothing needs them, and a CUDA build is the user's own choice.

@@ -240,7 +240,7 @@ def test_benchmark_passes_its_options_on_and_ends_with_1_where_a_job_failed(
     """What a job does is tested elsewhere; here it only pretends."""
     asked: list[Job] = []
 
-    def pretend(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
+    def pretend(job: Job, threads: int, keep_runs: Path | None, workers: object) -> JobOutcome:
         asked.append(job)
         if job.seed == 5:
             return JobOutcome(job, [], "no luck")
@@ -248,7 +248,7 @@ def test_benchmark_passes_its_options_on_and_ends_with_1_where_a_job_failed(
         row = {**place, "train_domains": "+".join(job.train_domains), "metric": "dice", "value": 0.25}
         return JobOutcome(job, [{**row, "split": split} for split in ("unseen", "in_domain", "run")])
 
-    monkeypatch.setattr("anysite.benchmark._run_apart", pretend)
+    monkeypatch.setattr("anysite.benchmark._run_job_apart", pretend)
     output = tmp_path / "rows.jsonl"
     options = ("--seeds", "3,5", "--test-domain=west", "--budget=2m", "--set=train.steps=2")
     result = call("benchmark", phantom_folder, "--output", output, *options)

@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK
 import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -67,6 +68,18 @@ def test_a_tiff_of_several_pages_is_a_volume(tmp_path):
         writer.write(np.zeros((6, 7), np.uint8), metadata=None)
     with pytest.raises(FileFormatError, match="different shapes"):
         files.read(tmp_path / "sizes.tif")
+
+
+def test_colours_of_16_bits_are_read_whole_or_not_at_all(tmp_path):
+    array = np.random.default_rng(0).integers(0, 2**16, (5, 7, 3)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", array, photometric="rgb")
+    np.testing.assert_array_equal(files.read(tmp_path / "a.tif").array, array.transpose(2, 0, 1))
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array, isVector=True), str(tmp_path / "a.png"))
+    with pytest.raises(FileFormatError, match="a.png: a PNG of 16-bit colours"):
+        files.read(tmp_path / "a.png")
+    grey = SimpleITK.GetImageFromArray(array[..., 0].copy())
+    SimpleITK.WriteImage(grey, str(tmp_path / "grey.png"))
+    np.testing.assert_array_equal(files.read(tmp_path / "grey.png").array[0], array[..., 0])
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".png", ".jpg", ".tif", "_pages.tif"])

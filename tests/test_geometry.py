@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nibabel.nifti1 import Nifti1Extension
 
+import dicom_files
 from anysite.data import files, nifti_place
 from anysite.data.volume import Volume
 from anysite.errors import FileFormatError, GeometryError
@@ -332,3 +334,40 @@ def test_a_damaged_place_names_the_file(tmp_path):
     image.to_filename(tmp_path / "flat.nii")
     with pytest.raises((GeometryError, FileFormatError), match="flat.nii"):
         files.read(tmp_path / "flat.nii")
+
+
+def check_series(
+    folder: Path, spacing: tuple[float, ...], order: tuple[int, ...], signs: tuple[int, ...]
+) -> None:
+    """Store the phantom as a DICOM series with these axes, segment it by value, and look where the markers are."""
+    upright, affine = phantom(), place(spacing)
+    turned, to_ras = stored(upright, affine, order, signs)
+    to_lps = np.diag([-1, -1, 1, 1]) @ to_ras
+    sizes = np.linalg.norm(to_lps[:3, :3], axis=0)
+    cosines = to_lps[:3, :3] / sizes
+    slices = dicom_files.series(
+        turned.transpose(2, 1, 0).astype(np.uint16), tuple(cosines.T[:2].ravel()),
+        spacing=(float(sizes[1]), float(sizes[0]), float(sizes[2])),
+    )  # fmt: skip
+    for index, dataset in enumerate(slices):
+        dataset.ImagePositionPatient = [float(f"{v:.10g}") for v in (to_lps @ [0, 0, index, 1])[:3]]
+    series = dicom_files.write(slices, folder / "series")
+    volume = files.read(series)
+    np.testing.assert_array_equal(volume.oriented("RAS").array[0], upright)
+    label = segment_by_value(volume, grid_plan(tuple(volume.oriented("RAS").spacing)))
+    files.write_label(label, folder / "mask.nii", image_path=series)
+    for value, position in marker_positions(folder / "mask.nii").items():
+        np.testing.assert_allclose(position, (affine @ [*MARKERS[value], 1])[:3], atol=1e-3, rtol=0)
+    shutil.rmtree(series)
+
+
+@pytest.mark.parametrize(("order", "signs"), ORIENTATIONS[::5], ids=str)
+def test_a_mask_lies_where_its_dicom_series_lies(tmp_path, order, signs):
+    check_series(tmp_path, SPACINGS_MM[2], order, signs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spacing", SPACINGS_MM, ids=str)
+def test_a_mask_lies_where_its_dicom_series_lies_everywhere(tmp_path, spacing):
+    for order, signs in ORIENTATIONS:
+        check_series(tmp_path, spacing, order, signs)

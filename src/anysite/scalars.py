@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,8 +32,13 @@ class ScalarWriter:
             self.file = self.path.open("xb")
         self.records, self.flushed = RecordWriter(self.file), time.monotonic()
         start = SessionLog(status=SessionLog.START)
-        self._write(file_version="brain.Event:2")
-        self._write(step=first_step, session_log=start)
+        try:
+            self._write(file_version="brain.Event:2")
+            self._write(step=first_step, session_log=start)
+        except RunError:
+            with suppress(OSError):
+                self.file.close()
+            raise
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Add one point to the curve of every name."""

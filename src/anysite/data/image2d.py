@@ -70,6 +70,12 @@ def _read_pillow(path: Path) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of half of what is refused
         with Image.open(path) as image:
+            if image.format == "PNG" and image.mode in ("RGB", "RGBA", "LA") and _bits_of_png(path) == 16:
+                raise FileFormatError(
+                    "a PNG of 16-bit colours, which would be cut to 8 bits",
+                    where=path,
+                    fix="save it as TIFF, or one grey PNG a channel",
+                )
             if image.mode in ("RGBA", "CMYK", "YCbCr", "LAB", "HSV"):
                 image = image.convert("RGB")
             elif image.mode in ("LA", "1"):
@@ -78,6 +84,11 @@ def _read_pillow(path: Path) -> np.ndarray:
                 return np.stack([np.array(frame) for frame in ImageSequence.Iterator(image)])[None]
             array = np.array(image)
     return array[None] if array.ndim == 2 else np.ascontiguousarray(np.moveaxis(array, -1, 0))
+
+
+def _bits_of_png(path: Path) -> int:
+    with path.open("rb") as file:
+        return file.read(25)[24]  # in its first chunk, which has a fixed place
 
 
 def _read_tiff(path: Path) -> np.ndarray:
