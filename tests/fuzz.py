@@ -22,9 +22,11 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import SimpleITK
 import torch
 from PIL import Image
 
+import dicom_files
 from anysite import atomic, runs
 from anysite.config import load
 from anysite.data import files
@@ -38,7 +40,6 @@ from anysite.plan import Normalisation, Plan
 from anysite.report.read import read_sources
 
 SLOWEST_S, MEMORY = 2.0, 3 * 2**30
-IMAGES = ("nii", "nii.gz", "png", "jpg", "tif")
 PARTS = (runs.CONFIG, runs.PLAN, runs.SPLITS, runs.MANIFEST, runs.CALIBRATION, runs.WEIGHTS)
 ODD: list[Any] = [
     *(None, True, -1, 0, 1.5, 1e308, -1e308, 2**63, 10**30, "", "x", "../../../etc/passwd", "\x00", [], {}),
@@ -64,6 +65,11 @@ def make_whole(folder: Path) -> None:
     picture = chooser.integers(0, 255, (20, 30)).astype(np.uint8)
     for suffix in ("png", "jpg", "tif"):
         Image.fromarray(picture).save(folder / f"whole.{suffix}")
+    for suffix in ("nrrd", "mha"):
+        image = SimpleITK.GetImageFromArray(array)
+        image.SetSpacing((1, 2, 3))
+        SimpleITK.WriteImage(image, str(folder / f"whole.{suffix}"), useCompression=True)
+    dicom_files.write_file(dicom_files.series(dicom_files.voxels((1, 8, 10)))[0], folder / "whole.dcm")
     write_probabilities(Volume(chooser.random((2, 9, 9)), np.eye(3), "px"), folder / "whole.npz")
     plan = Plan(
         dimension=2, image_dimension=2, spacing=(1.0, 1.0), unit="px", channels=1,

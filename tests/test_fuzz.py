@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("resource")  # limits memory: not on Windows
 
 FUZZ = Path(__file__).with_name("fuzz.py")
-KINDS = ("nii", "nii.gz", "png", "jpg", "tif", "npz", "run", "json")
+KINDS = ("nii", "nii.gz", "nrrd", "mha", "dcm", "png", "jpg", "tif", "npz", "run", "json")
 
 
 def run(folder: Path, seed: int, count: int, kinds: tuple[str, ...]) -> dict[str, Any]:
