@@ -29,7 +29,7 @@ PLAN = """
 import sys
 from anysite.config import PlanSettings
 from anysite.data.layouts import open_dataset
-from anysite.plan import learn_plan
+from anysite.planning import learn_plan
 print(learn_plan(open_dataset(sys.argv[1]), PlanSettings()).reasons)
 """
 SETTINGS = (

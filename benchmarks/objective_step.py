@@ -21,7 +21,7 @@ from anysite.augment import mix_with_partners
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
 from anysite.loop import Training
-from anysite.plan import learn_plan
+from anysite.planning import learn_plan
 from anysite.splits import split
 from anysite.train import build_training, start_fabric
 from side_by_side import Advance, report_dimensions, taking_turns

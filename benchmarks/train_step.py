@@ -26,7 +26,8 @@ from anysite import compute, config, runs
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
 from anysite.learner import build_network
-from anysite.plan import Plan, learn_plan
+from anysite.plan import Plan
+from anysite.planning import learn_plan
 from anysite.splits import split
 from anysite.train import build_training, start_fabric
 from side_by_side import Advance, report_dimensions, taking_turns

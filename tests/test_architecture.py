@@ -20,7 +20,7 @@ LAYERS = [
     {"data", "metrics", "calibration"},
     {"augment", "corrupt", "masking", "similarity"},
     {"plan"},
-    {"patches"},
+    {"patches", "planning"},
     {"networks"},
     {"checks", "diagnostics"},
     {"objectives"},

@@ -36,7 +36,7 @@ from anysite.evaluate import read_rows, write_rows
 from anysite.experiment import Job
 from anysite.manifest import Manifest
 from anysite.patches import PreparedCases
-from anysite.plan import learn_plan
+from anysite.planning import learn_plan
 from anysite.report import write_report
 from anysite.scalars import ScalarWriter
 from anysite.verdicts import write_verdicts

@@ -24,7 +24,8 @@ from anysite.learner import build_learner, build_network
 from anysite.manifest import describe_case, describe_dataset
 from anysite.objectives.supervised import Supervised, hide_unknown
 from anysite.patches import PatchSampler, PreparedCases
-from anysite.plan import Plan, learn_plan
+from anysite.plan import Plan
+from anysite.planning import learn_plan
 from anysite.predict import predict, split_of
 from anysite.report.pictures import draw_case
 from anysite.report.read import PredictedCase, PredictedDataset

@@ -32,7 +32,8 @@ from anysite.patches import (
     prepare,
     slide,
 )
-from anysite.plan import Normalisation, Plan, learn_plan
+from anysite.plan import Normalisation, Plan
+from anysite.planning import learn_plan
 
 PLAIN = AugmentSettings(enabled=False)
 CASE = Case("a", "a", "here", ())

@@ -19,7 +19,8 @@ from anysite.config import PlanSettings
 from anysite.data.case import Case, Dataset
 from anysite.data.volume import Volume
 from anysite.errors import ConfigError, DataError, GeometryError
-from anysite.plan import Normalisation, Plan, choose_patch_size, learn_plan
+from anysite.plan import Normalisation, Plan
+from anysite.planning import choose_patch_size, learn_plan
 
 AXES = [
     "".join(order)

@@ -25,7 +25,7 @@ from anysite.masking import draw_blocks
 from anysite.networks import encoder_tensors
 from anysite.objectives import Step
 from anysite.objectives.tile_autoencoder import TileAutoencoder, choose_grid, cut_tiles, join_tiles
-from anysite.plan import learn_plan
+from anysite.planning import learn_plan
 from anysite.predict import predict
 from anysite.report import write_report
 from anysite.segment import Segmenter

@@ -21,7 +21,8 @@ from anysite.errors import AnysiteError, ConfigError, DataError, GeometryError, 
 from anysite.evaluate import as_class_indices
 from anysite.judge import LEAST, Judge, Reference
 from anysite.manifest import MANIFESTS
-from anysite.plan import Normalisation, Plan, learn_plan
+from anysite.plan import Normalisation, Plan
+from anysite.planning import learn_plan
 from anysite.segment import count_agreement
 
 AGREE = 0.99  # share of what either finds in which probabilities and mask of one case must agree

@@ -27,7 +27,8 @@ from anysite.learner import build_learner, needs_labels
 from anysite.loop import Progress, Training
 from anysite.networks import Network, encoder_tensors
 from anysite.patches import PatchSampler, PreparedCases
-from anysite.plan import Plan, learn_plan
+from anysite.plan import Plan
+from anysite.planning import learn_plan
 from anysite.references import learn_references
 from anysite.segment import Segmenter
 from anysite.splits import Splits, split
