@@ -32,7 +32,7 @@ LAYERS = [
     {"calibrate", "references"},
     {"loop"},
     {"train", "verdicts"},
-    {"predict"},
+    {"predict", "reflect"},
     {"evaluate"},
     {"experiment", "foreign", "workers"},
     {"benchmark", "report", "describe"},

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,18 @@ def test_an_ensemble_on_one_image_with_probabilities(run: Path, phantom_folder: 
     manifest = predict.read_manifests(tmp_path / "out")
     assert [entry["seed"] for entry in manifest["runs"]] == [0, 4]
     assert manifest["settings"]["flips"]
+
+
+def test_a_finished_run_learns_to_reflect_once(run: Path, phantom_folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    small = ("--set", "width=4", "--set", "prior_width=4", "--steps", 2)
+    assert "--adapt refseg" in succeed("reflect", copied, phantom_folder, *small)
+    again = call("reflect", copied, phantom_folder, *small)
+    assert again.code == 2
+    assert "--replace" in again.err
+    unknown = call("reflect", copied, phantom_folder, "--set", "depth=4", "--replace")
+    assert unknown.code == 2
+    assert "depth" in unknown.err
 
 
 def test_evaluate_prints_a_table_or_json(masks: Path, phantom_folder: Path) -> None:

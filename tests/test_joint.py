@@ -193,6 +193,16 @@ def test_an_image_takes_spacing_and_normalisation_of_the_dataset_it_is_nearest_t
     assert plan.variants[0].classes == (0, 1, 2)
     heart = plan.for_task("heart")
     assert heart.to_grid(dataset.cases[-1].image()).shape[1:] == (32, 32, 32)
+    logits = torch.tensor([[1.0, 0.5, 0.2, 3.0, *[-1.0] * (plan.outputs - 4)]]).view(1, -1, 1, 1)
+    every = torch.softmax(logits, 1)
+    told = heart.as_probabilities(logits)
+    assert not told[:, 3:].any()
+    torch.testing.assert_close(
+        told[:, 1:3], every[:, 1:3]
+    )  # as learned: what is of others is background here
+    torch.testing.assert_close(told[:, :1], 1 - every[:, 1:3].sum(1, keepdim=True))
+    alone = plan.for_task("heart", "left_out").as_probabilities(logits)
+    torch.testing.assert_close(alone[:, :3], torch.softmax(logits[:, :3], 1))
     with pytest.raises(ConfigError, match="'lung'.*heart, head, belly"):
         plan.for_task("lung")
     with pytest.raises(ConfigError, match="one dataset"):

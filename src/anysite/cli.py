@@ -12,7 +12,7 @@ from anysite.commands.data import check, info, methods
 from anysite.commands.demo import demo
 from anysite.commands.prediction import judge, predict
 from anysite.commands.results import benchmark, evaluate, report
-from anysite.commands.training import pretrain, train
+from anysite.commands.training import pretrain, reflect, train
 from anysite.errors import AnysiteError, ConfigError, FileFormatError, Interrupted
 
 # Click's UsageError, which Typer brings along under a name of its own.
@@ -78,6 +78,6 @@ def _top(
 
 
 for verb in (
-    demo, check, train, pretrain, predict, judge, evaluate, report, benchmark, methods, info,
+    demo, check, train, pretrain, reflect, predict, judge, evaluate, report, benchmark, methods, info,
 ):  # fmt: skip
     app.command()(verb)

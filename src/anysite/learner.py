@@ -96,12 +96,13 @@ def build_learner(config: Config, plan: Plan, domains: tuple[str, ...]) -> Learn
     """
     network = build_network(config, plan)
     objectives: dict[str, Any] = {}
-    if not any(registry.find("objective", name).teaches_network for name in config.objectives):
+    teaches = any(registry.find("objective", name).teaches_network for name in config.objectives)
+    if not teaches and config.pretrained is None:
         raise ConfigError(
             f"only {', '.join(config.objectives)}",
             where="objectives",
             expected="one that teaches the network",
-            fix="add objectives.supervised={}",
+            fix="add objectives.supervised={}, or give a trained network by pretrained",
         )
     for name, settings in config.objectives.items():
         objective = registry.build("objective", name, **settings)

@@ -16,6 +16,7 @@ from anysite.data.volume import Volume, interpolation_matrix
 from anysite.errors import ConfigError, GeometryError
 
 CLIP_PERCENTILES = (0.5, 99.5)
+HIDDEN = -1e4  # a logit of no probability
 HOUNSFIELD_BELOW = -500.0  # air lies near -1000, and no other common scale goes so low
 
 
@@ -56,6 +57,8 @@ class Plan(BaseModel):
         patch_size: Voxels of a patch, as many as `dimension`.
         variants: Of several datasets trained on jointly, each one's own spacing and normalisation; an image takes
             those it is nearest to, since nobody says which dataset it is like.
+        unknown: Where `for_task` left one variant: whether what the network makes of the classes that its dataset
+            does not label counts as background, or is left out of the softmax, as it was learned.
         reasons: Why each choice was made, for people.
     """
 
@@ -75,6 +78,7 @@ class Plan(BaseModel):
     region_names: tuple[str, ...] = ()
     region_classes: tuple[int, ...] = ()
     variants: tuple[Variant, ...] = ()
+    unknown: Literal["background", "left_out"] = "background"
     reasons: tuple[str, ...] = ()
 
     @property
@@ -132,8 +136,12 @@ class Plan(BaseModel):
         channels = [_normalise(a, n) for a, n in zip(array, normalisation, strict=True)]
         return torch.from_numpy(np.stack(channels))
 
-    def for_task(self, name: str) -> Plan:
+    def for_task(self, name: str, unknown: Literal["background", "left_out"] = "background") -> Plan:
         """Return the plan for images that are known to be like those of one of several datasets.
+
+        Args:
+            name: Of the dataset.
+            unknown: What becomes of classes that it does not label: as the network has learned it.
 
         Raises:
             ConfigError: it was not trained on a dataset of that name.
@@ -145,7 +153,7 @@ class Plan(BaseModel):
                 f"{name!r}", where="task",
                 expected=f"one of {known}" if known else "none: the run was trained on one dataset",
             )  # fmt: skip
-        return self.model_copy(update={"variants": chosen})
+        return self.model_copy(update={"variants": chosen, "unknown": unknown})
 
     def label_to_grid(self, label: Volume, image: Volume) -> Integer[Tensor, "*s"]:
         """Return a label map of class indices on the plan's grid for its image; for training only."""
@@ -195,8 +203,24 @@ class Plan(BaseModel):
         return np.ascontiguousarray(array.flip(turned).permute(places).cpu().numpy())
 
     def as_probabilities(self, logits: Float[Tensor, "*b"], channel: int = 1) -> Float[Tensor, "*b"]:
-        """Return softmax over classes, or sigmoid for overlapping regions, along the `channel` axis."""
-        return torch.sigmoid(logits) if self.regions else torch.softmax(logits, dim=channel)
+        """Return softmax over classes, or sigmoid for overlapping regions, along the `channel` axis.
+
+        Of a plan for one of several datasets the classes of the others have no probability.
+        """
+        if self.regions:
+            return torch.sigmoid(logits)
+        known = self.variants[0].classes if len(self.variants) == 1 else range(self.outputs)
+        hidden = torch.tensor([i for i in range(self.outputs) if i not in known], device=logits.device)
+        if not len(hidden):
+            return torch.softmax(logits, dim=channel)
+        if self.unknown == "left_out":
+            return torch.softmax(logits.index_fill(channel, hidden, HIDDEN), dim=channel)
+        probabilities = torch.softmax(logits, dim=channel)
+        background = probabilities.narrow(channel, 0, 1) + probabilities.index_select(channel, hidden).sum(
+            channel, keepdim=True
+        )
+        shown = probabilities.narrow(channel, 1, self.outputs - 1).index_fill(channel, hidden - 1, 0.0)
+        return torch.cat([background, shown], channel)
 
     def decide(self, probabilities: Float[np.ndarray, "k *s"]) -> Integer[np.ndarray, "*s"]:
         """Return the class index of every voxel: the largest class, or regions painted in order."""

@@ -80,18 +80,21 @@ class Run:
             ) from error
 
     def reflection(self) -> Reflection | None:
-        """Build what test-time reflection needs and load its weights; none where the training had no such objective.
+        """Build what test-time reflection needs and load its weights; none where nobody learned it.
 
         Raises:
-            RunError: the weights do not fit what the configuration describes.
+            RunError: the weights do not fit the settings that lie beside them.
         """
+        path = self.path / REFLECTION
         if REFLECTION not in self.manifest.get("files", {}):
             return None
-        reflection: Reflection = registry.build(
-            "objective", "reflection", **self.config.objectives["reflection"]
-        )
+        _, settings = load_tensors(path)
+        try:
+            reflection: Reflection = registry.build("objective", "reflection", **settings)
+        except (ConfigError, TypeError) as error:
+            raise RunError(f"settings that do not fit ({error})", where=path) from None
         reflection.attach(self._build(), self.plan, ())
-        _load_weights(reflection, self.path / REFLECTION)
+        _load_weights(reflection, path)
         return reflection.eval().requires_grad_(False)
 
 
@@ -260,7 +263,8 @@ def finish(
         arrays, learned = judge.memory()
         save_tensors(path / JUDGE, {name: torch.from_numpy(a.copy()) for name, a in arrays.items()}, learned)
     if reflection is not None:
-        save_tensors(path / REFLECTION, reflection.state_dict())
+        settings = read_config(path).objectives["reflection"]
+        save_tensors(path / REFLECTION, reflection.state_dict(), settings)
     manifest = {k: v for k, v in read_manifest(path).items() if k != "files"}
     manifest.update(facts, finished=True, finished_at=now(), versions=versions(), commit=commit())
     names = [*SEALED]
@@ -269,6 +273,18 @@ def finish(
     manifest["files"] = {name: atomic.sha256(path / name) for name in names}
     atomic.write_json(path / MANIFEST, manifest)
     (path / CHECKPOINT).unlink(missing_ok=True)
+
+
+def take_reflection(path: Path, learned: Path) -> None:
+    """Put into a finished run what another one has learned to reflect by, and seal it."""
+    tensors, settings = load_tensors(learned / REFLECTION)
+    manifest = read_manifest(path)
+    files = {name: digest for name, digest in manifest["files"].items() if name != REFLECTION}
+    # Between these writes the run is one that has not learned to reflect, never one with an altered file.
+    atomic.write_json(path / MANIFEST, manifest | {"files": files})
+    save_tensors(path / REFLECTION, tensors, settings)
+    files[REFLECTION] = atomic.sha256(path / REFLECTION)
+    atomic.write_json(path / MANIFEST, manifest | {"files": files})
 
 
 def write_preview(path: Path, name: str, columns: Sequence[str], pictures: np.ndarray) -> None:

@@ -146,7 +146,7 @@ class Segmenter:
         loaded = networks or [run.network() for run in runs]
         task = self.settings.task
         self.members = [
-            _Member(self._place(network, run.path), run.plan.for_task(task) if task else run.plan, run.config)
+            _Member(self._place(network, run.path), _choose_plan(run, task), run.config)
             for network, run in zip(loaded, runs, strict=True)
         ]
         self.judges = [run.judge for run in runs]
@@ -301,8 +301,6 @@ class Segmenter:
     ) -> Output:
         """Return the merged probabilities of all windows, and with `watch` the sums over the encoder's layers."""
         network, plan = member.network, member.plan
-        known = plan.variants[0].classes if self.settings.task else range(plan.outputs)
-        hidden = [index for index in range(plan.outputs) if index not in known]
         mirrored = self.settings.flips if flips is None else flips
         sets = flip_combinations(plan, member.config) if mirrored else [()]
         layers: tuple[Layer, ...] = ()
@@ -321,7 +319,6 @@ class Segmenter:
                     logits = network.decode(features).float()
                 else:
                     logits = member.predict(view).float()
-                logits[:, hidden] = -torch.inf
                 views.append(torch.flip(plan.as_probabilities(logits), axes))
             if len(views) == 1:
                 return views[0]
@@ -343,6 +340,11 @@ class _Member:
     plan: Plan
     config: Config
     predict: Callable[[Tensor], Tensor] | None = None  # an adapted network in place of the run's
+
+
+def _choose_plan(run: Run, task: str | None) -> Plan:
+    unknown = run.config.objectives.get("supervised", {}).get("unknown", "background")
+    return run.plan.for_task(task, unknown) if task else run.plan
 
 
 def _average(maps: Sequence[np.ndarray]) -> np.ndarray:

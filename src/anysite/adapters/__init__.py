@@ -16,7 +16,6 @@ from anysite.networks import Network
 from anysite.objectives.reflection import Reflection
 from anysite.plan import Plan
 
-HIDDEN = -1e4  # a logit of no probability
 Subset = Literal["norm", "first", "all"]
 
 
@@ -64,12 +63,7 @@ class Adapter(ABC):
 
     def probabilities(self, logits: Float[Tensor, "b k *p"]) -> Float[Tensor, "b k *p"]:
         """Return what the plan makes of logits, in float32; of several datasets the one told counts alone."""
-        logits = logits.float()
-        if len(self.plan.variants) == 1:
-            known = self.plan.variants[0].classes
-            hidden = [index for index in range(self.plan.outputs) if index not in known]
-            logits = logits.index_fill(1, torch.tensor(hidden, device=logits.device), HIDDEN)
-        return self.plan.as_probabilities(logits)
+        return self.plan.as_probabilities(logits.float())
 
 
 def choose_parameters(network: Network, subset: Subset) -> list[nn.Parameter]:

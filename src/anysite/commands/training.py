@@ -82,6 +82,32 @@ def pretrain(
     _train(dataset, settings, preset, output, budget, resume)
 
 
+def reflect(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a finished run of anysite train")],
+    dataset: DatasetPath,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="of the objective reflection, such as width=8"),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="default: as many as the training had", min=1)] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="learn anew what the run has already")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Learn for a finished run what test-time reflection needs, from its training cases; its network stays."""
+    trust(plugin)
+    from anysite import config, console
+    from anysite import reflect as reflecting
+    from anysite.data.layouts import open_dataset
+
+    named = [f"objectives.reflection.{override}" for override in set_ or []]
+    settings = config.load("baseline", named).objectives.get("reflection", {})
+    with console.training_bar() as advance:
+        finished = reflecting.reflect(
+            open_dataset(dataset), run, settings, steps=steps, replace=replace, on_progress=advance
+        )
+    console.say(f"{finished.path} can be predicted with --adapt refseg now")
+
+
 def _overrides(set_: list[str] | None, test_domain: list[str] | None, seed: int | None) -> list[str]:
     overrides = list(set_ or [])
     if test_domain:
