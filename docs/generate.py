@@ -10,6 +10,7 @@ from evidence_page import describe_evidence, write_method_table, write_readme_ta
 from judging_tables import write_judging_tables
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+from robustness_tables import write_robustness_tables
 
 from anysite import config, registry
 from anysite.cli import app
@@ -138,3 +139,5 @@ if __name__ == "__main__":
         )
     judging = DOCS / "judging.md"
     judging.write_text(write_judging_tables(judging.read_text(encoding="utf-8")), encoding="utf-8")
+    robustness = DOCS / "robustness.md"
+    robustness.write_text(write_robustness_tables(robustness.read_text(encoding="utf-8")), encoding="utf-8")
