@@ -18,9 +18,9 @@ from scipy import ndimage
 
 from anysite.benchmark import benchmark, list_jobs
 from anysite.data.layouts import open_dataset
-from anysite.evaluate import read_rows
 from anysite.report.judging import describe_judgement
 from anysite.report.read import Row
+from anysite.rows import read_rows
 
 SIZE, STILL, MOVED = 40, 60, 20
 MOVES, LARGEST_MOVE, LARGEST_TURN_DEGREES = 2, 10.0, 10.0

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from anysite.evaluate import Row, read_rows
 from anysite.report.methods import MethodSummary, split_by_method, summarise_methods
 from anysite.report.read import Row as ReportRow
 from anysite.report.read import read_sources
 from anysite.report.summary import is_clean
+from anysite.rows import Row, read_rows
 from anysite.statistics import Estimate, estimate_mean
 
 ROOT = Path(__file__).parents[1]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from evidence_page import RESULTS, between_markers, read_index
 
-from anysite.evaluate import read_rows
 from anysite.judgement import DECISIONS
 from anysite.report.format import count
 from anysite.report.judging import FailureRanking, Judgement, Passed, Shift, describe_judgement
 from anysite.report.read import read_sources
+from anysite.rows import read_rows
 
 KINDS = {
     "in_domain": "training sites, other patients", "unseen": "unseen site", "corrupted": "corrupted",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from evidence_page import RESULTS, between_markers, read_index
 
-from anysite.evaluate import read_rows
 from anysite.report.curves import describe_corruptions
 from anysite.report.methods import split_by_method
 from anysite.report.read import Row, read_sources
 from anysite.report.summary import estimate, is_clean, score_cases
+from anysite.rows import read_rows
 from anysite.statistics import Estimate, compare_paired
 
 SHOWN = 4  # corruptions named a method, the worst
@@ -70,8 +70,8 @@ def _compare(rows: list[Row], baseline: list[Row]) -> str:
     shared = sorted(mine.keys() & other.keys())
     if not shared:
         return "-"
-    values = [{key: scores[key].value or 0.0 for key in shared} for scores in (mine, other)]
-    comparison = compare_paired(*values, {key: mine[key].person for key in shared})
+    before, after = ({key: scores[key].value or 0.0 for key in shared} for scores in (other, mine))
+    comparison = compare_paired(after, before, {key: mine[key].person for key in shared})
     return _text(comparison.difference, signed=True)
 
 

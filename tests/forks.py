@@ -20,10 +20,11 @@ from unittest import mock
 
 import torch
 
-from anysite import atomic, cli, config, evaluate, loop, runs, train
+from anysite import atomic, cli, config, loop, runs, train
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
 from anysite.errors import AnysiteError
+from anysite.rows import read_rows, write_rows
 
 EVERY = 3
 SETTINGS = [
@@ -247,7 +248,7 @@ def sweep_races(data: Path, folder: Path, count: int, seed: int) -> dict[str, An
             faults.append("other weights")
         if kind == "predict" and {p.name: atomic.sha256(p) for p in place.glob("*.png")} != expected:
             faults.append("other masks")
-        if kind == "rows" and (rows := len(evaluate.read_rows(place / "rows.jsonl"))) != 40:
+        if kind == "rows" and (rows := len(read_rows(place / "rows.jsonl"))) != 40:
             faults.append(f"{rows} of 40 rows")
         if left := [path.name for path in place.rglob(".*") if path.name != ".lock"]:
             faults.append(f"left behind: {left}")
@@ -258,8 +259,8 @@ def append(path: Path, name: int) -> int:
     """Add rows to a file of rows one by one, as a benchmark does after every job."""
     for index in range(20):
         with atomic.locked(path, wait=True):
-            rows = evaluate.read_rows(path) if path.is_file() else []
-            evaluate.write_rows(path, [*rows, {"metric": "dice", "value": 0.5, "case": f"{name}-{index}"}])
+            rows = read_rows(path) if path.is_file() else []
+            write_rows(path, [*rows, {"metric": "dice", "value": 0.5, "case": f"{name}-{index}"}])
     return 0
 
 

@@ -26,7 +26,7 @@ from anysite.data.phantom import write_phantom
 from anysite.data.volume import Volume
 from anysite.detectors import Agreement, Output
 from anysite.errors import ConfigError
-from anysite.evaluate import evaluate, read_rows
+from anysite.evaluate import evaluate
 from anysite.guard import (
     NO_BETTER,
     NOT_JUDGED,
@@ -44,6 +44,7 @@ from anysite.objectives.reflection import Reflection, spoil_mask
 from anysite.plan import Normalisation, Plan
 from anysite.predict import predict
 from anysite.report.page import write_report
+from anysite.rows import read_rows
 from anysite.runs import Run, open_run
 from anysite.segment import Segmenter
 from anysite.similarity import SIMILARITIES, compare, describe_neighbourhoods, grow, mean_over

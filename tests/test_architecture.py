@@ -25,7 +25,7 @@ LAYERS = [
     {"checks", "diagnostics"},
     {"objectives"},
     {"learner", "detectors", "adapters"},
-    {"judge"},
+    {"judge", "rows"},
     {"guard"},
     {"runs", "scalars"},
     {"segment", "splits", "validation", "manifest", "transfer"},

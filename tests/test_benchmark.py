@@ -17,10 +17,10 @@ from anysite.benchmark import Job, JobOutcome, benchmark, list_jobs, run_job, un
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
 from anysite.errors import ConfigError
-from anysite.evaluate import read_rows, write_rows
 from anysite.report import write_report
 from anysite.report.methods import split_by_method, summarise_methods
 from anysite.report.read import Row as ReportRow
+from anysite.rows import read_rows, write_rows
 from conftest import SMALL
 
 TINY = [*SMALL, "train.steps=2", "train.validation_cases=0"]

@@ -27,9 +27,10 @@ from anysite.data import files
 from anysite.data.case import Dataset
 from anysite.data.probabilities import read_probabilities
 from anysite.errors import FileFormatError, RunError
-from anysite.evaluate import ALL_CLASSES, evaluate
+from anysite.evaluate import evaluate
 from anysite.predict import predict
 from anysite.report.page import write_report
+from anysite.rows import ALL_CLASSES
 from anysite.runs import Run
 from anysite.segment import Segmenter
 from anysite.train import train

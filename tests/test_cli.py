@@ -21,8 +21,8 @@ from anysite import cli, commands, predict, registry, runs
 from anysite.benchmark import Job, JobOutcome
 from anysite.data.phantom import write_phantom
 from anysite.errors import ConfigError
-from anysite.evaluate import ROWS, SUMMARY, read_rows
 from anysite.loop import Progress
+from anysite.rows import ROWS, SUMMARY, read_rows
 from conftest import SMALL
 
 TINY = [f"--set={setting}" for setting in (*SMALL, "train.steps=2", "train.validation_cases=0")]

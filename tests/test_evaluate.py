@@ -20,9 +20,10 @@ from scipy import ndimage
 
 from anysite.data.case import Case, Dataset
 from anysite.errors import DataError, FileFormatError
-from anysite.evaluate import ROWS, SUMMARY, evaluate, read_rows, summarise, write_rows
+from anysite.evaluate import evaluate
 from anysite.manifest import manifest_path
 from anysite.metrics import METRICS
+from anysite.rows import ROWS, SUMMARY, read_rows, summarise, write_rows
 
 SPACING = (0.5, 2.0, 3.0)
 AFFINE = np.diag([*SPACING, 1.0])

@@ -32,12 +32,12 @@ from anysite.data.phantom import write_phantom
 from anysite.data.probabilities import write_probabilities
 from anysite.data.volume import Volume
 from anysite.errors import AnysiteError, DataError, WorkerError
-from anysite.evaluate import read_rows, write_rows
 from anysite.experiment import Job
 from anysite.manifest import Manifest
 from anysite.patches import PreparedCases
 from anysite.planning import learn_plan
 from anysite.report import write_report
+from anysite.rows import read_rows, write_rows
 from anysite.scalars import ScalarWriter
 from anysite.verdicts import write_verdicts
 from anysite.workers import Workers

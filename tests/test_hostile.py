@@ -28,9 +28,9 @@ from anysite.data.layouts import open_dataset, open_images
 from anysite.data.probabilities import read_probabilities
 from anysite.describe import describe
 from anysite.errors import AnysiteError
-from anysite.evaluate import read_rows
 from anysite.manifest import read_manifests
 from anysite.report.read import read_sources
+from anysite.rows import read_rows
 
 SUFFIXES = (
     *files.FORMATS,

@@ -19,7 +19,7 @@ from anysite.data.case import Case, Dataset
 from anysite.data.check import inspect_dataset
 from anysite.data.layouts import find_cases, open_dataset
 from anysite.errors import AnysiteError, ConfigError, DataError, LabelError
-from anysite.evaluate import evaluate, read_rows
+from anysite.evaluate import evaluate
 from anysite.learner import build_learner, build_network
 from anysite.manifest import describe_case, describe_dataset
 from anysite.objectives.supervised import Supervised, hide_unknown
@@ -29,6 +29,7 @@ from anysite.planning import learn_plan
 from anysite.predict import predict, split_of
 from anysite.report.pictures import draw_case
 from anysite.report.read import PredictedCase, PredictedDataset
+from anysite.rows import read_rows
 from anysite.runs import open_run
 from anysite.splits import split
 from anysite.train import train

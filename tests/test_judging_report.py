@@ -12,12 +12,12 @@ from anysite.benchmark import benchmark, list_jobs, unfinished
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
 from anysite.errors import ConfigError
-from anysite.evaluate import read_rows
 from anysite.experiment import Job
 from anysite.judgement import is_judgement
 from anysite.report.judging import REFERRAL, describe_judgement
 from anysite.report.page import write_report
 from anysite.report.read import Row
+from anysite.rows import read_rows
 from conftest import SMALL
 
 

@@ -18,10 +18,10 @@ from anysite.corrupt import CORRUPTIONS, fingerprint
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
 from anysite.errors import AnysiteError, ConfigError, InterruptedTraining, WorkerError, describe_error
-from anysite.evaluate import Row, read_rows, write_rows
 from anysite.experiment import UNADAPTED, Job, name_of, score_job, topic_of
 from anysite.judgement import VERDICT
 from anysite.metrics import METRICS
+from anysite.rows import Row, read_rows, write_rows
 from anysite.workers import Workers
 
 

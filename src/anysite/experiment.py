@@ -17,18 +17,10 @@ from anysite.calibration import CALIBRATION_METRICS
 from anysite.corrupt import corrupt, fingerprint
 from anysite.data.case import Case, Dataset
 from anysite.errors import AnysiteError, DataError
-from anysite.evaluate import (
-    ALL_CLASSES,
-    Row,
-    describe_adaptation,
-    describe_verdict,
-    evaluate,
-    rows_of,
-    score_probabilities,
-    score_volume,
-)
+from anysite.evaluate import evaluate, score_probabilities, score_volume
 from anysite.judgement import ADAPTED, VERDICT, is_judgement
 from anysite.metrics import METRICS, Score
+from anysite.rows import ALL_CLASSES, Row, describe_adaptation, describe_verdict, rows_of
 
 UNADAPTED = "none"  # no adapter
 OTHER = "other"  # the split of images of another dataset

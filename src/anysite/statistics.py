@@ -126,6 +126,12 @@ def compare_paired(
     return Comparison(difference, p_value, float((1 + np.sum(means <= 0)) / (1 + len(means))))
 
 
+def mean_defined(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values that are there, or None where none is."""
+    defined = [value for value in values if value is not None]
+    return float(np.mean(defined)) if defined else None
+
+
 def adjust_holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values for being several (Holm 1979, https://www.jstor.org/stable/4615733), in their order.
 

@@ -1,0 +1,130 @@
+"""Rows of results: one a case, class and metric; how they are written, read and averaged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from anysite import atomic
+from anysite.data.case import Case
+from anysite.errors import FileFormatError
+from anysite.judgement import ADAPTED, DECISIONS, PREDICTED, SCORE, VERDICT, is_judgement
+from anysite.metrics import Score
+from anysite.statistics import mean_defined
+
+ROWS, SUMMARY = "rows.jsonl", "summary.json"
+ALL_CLASSES = "all classes"  # what the rows of calibration and judgement are about
+
+Row = dict[str, Any]
+
+
+def describe_verdict(verdict: Mapping[str, Any] | None) -> list[Score]:
+    """Return what was said of a mask as values: the decision, every score, and the Dice to expect.
+
+    A score that was not finite is undefined, and counts as beyond all limits.
+    """
+    if not verdict:
+        return []
+    values = {VERDICT: float(DECISIONS.index(verdict["decision"]))}
+    values |= {f"{SCORE}{name}": value for name, value in verdict["scores"].items()}
+    if verdict.get("predicted_dice"):
+        values |= dict(zip(PREDICTED, verdict["predicted_dice"], strict=True))
+    return [Score(ALL_CLASSES, name, value, "1") for name, value in values.items()]
+
+
+def describe_adaptation(adaptations: Sequence[Mapping[str, Any]] | None) -> list[Score]:
+    """Return whether the mask is that of a network adapted to the image; nothing where none was asked for."""
+    if not adaptations:
+        return []
+    kept = float(any(adaptation["kept"] for adaptation in adaptations))
+    return [Score(ALL_CLASSES, ADAPTED, kept, "1")]
+
+
+def rows_of(scores: Sequence[Score], case: Case, split: str, common: Row) -> list[Row]:
+    """Return one row a score, with the fields of its case and those in `common`."""
+    place = {**common, "domain": case.domain, "split": split, "patient": case.patient, "case": case.id}
+    return [
+        {**place, "class": s.class_name, "metric": s.metric, "value": _rounded(s.value), "unit": s.unit}
+        for s in scores
+    ]
+
+
+def summarise(rows: Sequence[Row], failed: dict[str, str]) -> dict[str, Any]:
+    """Return nnU-Net's `summary.json` keys (foreground_mean, mean, metric_per_case), and ours by site and split.
+
+    Means leave out undefined values; "undefined" says how many there were. What was judged is left out.
+    """
+    rows = [row for row in rows if not is_judgement(row["metric"])]
+    metrics = list(dict.fromkeys(row["metric"] for row in rows if row["class"] != ALL_CLASSES))
+    calibrated = list(dict.fromkeys(row["metric"] for row in rows if row["class"] == ALL_CLASSES))
+    classes = list(dict.fromkeys(row["class"] for row in rows if row["class"] != ALL_CLASSES))
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    by_case: dict[str, dict[str, dict[str, float | None]]] = {case: {} for case in cases}
+    for row in rows:
+        if row["class"] == ALL_CLASSES:
+            continue
+        by_case[row["case"]].setdefault(row["class"], {})[row["metric"]] = row["value"]
+    groups = {
+        name: {
+            group: {
+                m: mean_defined([r["value"] for r in rows if r[name] == group and r["metric"] == m])
+                for m in [*metrics, *calibrated]
+            }
+            for group in dict.fromkeys(row[name] for row in rows)
+        }
+        for name in ("domain", "split")
+    }
+    means = {
+        c: {
+            m: mean_defined([r["value"] for r in rows if (r["class"], r["metric"]) == (c, m)])
+            for m in metrics
+        }
+        for c in classes
+    }
+    return {
+        # As in nnU-Net the mean of the classes' means, so that a rare class counts as much as any.
+        "foreground_mean": {m: mean_defined([means[c][m] for c in classes]) for m in metrics},
+        "mean": means,
+        "metric_per_case": [{"case": case, "metrics": by_case[case]} for case in cases],
+        "by_domain": groups["domain"],
+        "by_split": groups["split"],
+        "undefined": {
+            m: sum(r["value"] is None for r in rows if r["metric"] == m) for m in [*metrics, *calibrated]
+        },
+        "failed": failed,
+    }
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as JSON lines, atomically."""
+    atomic.write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read rows from JSON lines; a last line cut off by a crash is left out.
+
+    Raises:
+        FileFormatError: the file is missing, or another line is not a JSON object.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"not readable ({error})", where=path, expected="rows as JSON lines") from None
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            if number < len(lines):
+                raise FileFormatError(f"line {number} is not JSON", where=path) from None
+            continue
+        if not isinstance(row, dict):
+            raise FileFormatError(f"line {number} is not a row", where=path, expected="a JSON object")
+        rows.append(row)
+    return rows
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")
