@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from anysite import atomic, config
-from anysite.config import PredictSettings, choose_adapter
+from anysite.config import choose_adapter
 from anysite.corrupt import corrupt
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
 from anysite.references import mean_dice
 from anysite.segment import Segmenter
+from anysite.settings import PredictSettings
 from anysite.train import train
 
 CORRUPTIONS = ("gamma_dark", "low_contrast", "bias_field", "gaussian_noise", "motion_blur", "low_resolution")

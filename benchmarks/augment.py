@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from anysite.augment import CELLS, augment
-from anysite.config import AugmentSettings
+from anysite.settings import AugmentSettings
 
 KEYS = ["image", "label"]
 BATCHES = ((8, 1, 192, 192), (2, 1, 64, 64, 64), (2, 1, 20, 160, 160))

@@ -27,7 +27,7 @@ ORGANS = {1: (0.35, 0.5, 0.5, 0.1), 2: (0.62, 0.45, 0.55, 0.07), 3: (0.5, 0.6, 0
 HOUNSFIELD = {1: 110.0, 2: 60.0, 3: 180.0}
 PLAN = """
 import sys
-from anysite.config import PlanSettings
+from anysite.settings import PlanSettings
 from anysite.data.layouts import open_dataset
 from anysite.planning import learn_plan
 print(learn_plan(open_dataset(sys.argv[1]), PlanSettings()).reasons)

@@ -15,6 +15,7 @@ from robustness_tables import write_robustness_tables
 from anysite import config, registry
 from anysite.cli import app
 from anysite.corrupt import CORRUPTIONS
+from anysite.settings import MethodSettings, Settings
 
 DOCS = Path(__file__).parent
 
@@ -96,11 +97,11 @@ def _rows(model: type[BaseModel], prefix: str) -> list[str]:
     rows: list[str] = []
     for name, field in model.model_fields.items():
         annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, config.Settings):
+        if isinstance(annotation, type) and issubclass(annotation, Settings):
             rows += _rows(annotation, f"{prefix}{name}.")
             continue
         default = field.default if field.default is not PydanticUndefined else field.default_factory()  # pyright: ignore
-        if isinstance(default, config.MethodSettings):
+        if isinstance(default, MethodSettings):
             name, default = f"{name}.name", default.name
         rows.append(f"| `{prefix}{name}` | {_type_of(field)} | `{default}` | {field.description or ''} |")
     return rows

@@ -17,7 +17,7 @@ from anysite import registry
 from anysite.adapters import Adapter, choose_parameters
 from anysite.adapters.refseg import RefSeg
 from anysite.benchmark import benchmark, list_jobs
-from anysite.config import AdaptSettings, choose_adapter
+from anysite.config import choose_adapter
 from anysite.corrupt import corrupt
 from anysite.data import files
 from anysite.data.case import Dataset
@@ -47,6 +47,7 @@ from anysite.report.page import write_report
 from anysite.rows import read_rows
 from anysite.runs import Run, open_run
 from anysite.segment import Segmenter
+from anysite.settings import AdaptSettings
 from anysite.similarity import SIMILARITIES, compare, describe_neighbourhoods, grow, mean_over
 from anysite.train import train
 from conftest import SMALL, small_config

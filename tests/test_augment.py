@@ -13,8 +13,9 @@ from scipy.interpolate import BSpline
 
 from anysite import augment as module
 from anysite.augment import augment
-from anysite.config import AugmentSettings, parse
+from anysite.config import parse
 from anysite.errors import ConfigError
+from anysite.settings import AugmentSettings
 
 GEOMETRY = ("affine", "elastic", "flip")
 INTENSITY = ("bias_field", "noise", "blur", "brightness", "contrast", "low_resolution", "gamma")

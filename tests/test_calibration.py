@@ -22,7 +22,6 @@ from anysite.calibration import (
     score_calibration,
     select_band,
 )
-from anysite.config import CalibrationSettings
 from anysite.data import files
 from anysite.data.case import Dataset
 from anysite.data.probabilities import read_probabilities
@@ -33,6 +32,7 @@ from anysite.report.page import write_report
 from anysite.rows import ALL_CLASSES
 from anysite.runs import Run
 from anysite.segment import Segmenter
+from anysite.settings import CalibrationSettings
 from anysite.train import train
 from conftest import small_config
 

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anysite import config
-from anysite.config import Config, MethodSettings, load, parse, setting_names
+from anysite.config import Config, load, parse, setting_names
 from anysite.errors import ConfigError
+from anysite.settings import MethodSettings
 
 
 def value_of(settings: Config, name: str) -> Any:

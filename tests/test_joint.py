@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from anysite.calibration import fold_unknown
-from anysite.config import AugmentSettings, Config, PlanSettings, TrainSettings
+from anysite.config import Config
 from anysite.data import files
 from anysite.data.case import Case, Dataset
 from anysite.data.check import inspect_dataset
@@ -31,6 +31,7 @@ from anysite.report.pictures import draw_case
 from anysite.report.read import PredictedCase, PredictedDataset
 from anysite.rows import read_rows
 from anysite.runs import open_run
+from anysite.settings import AugmentSettings, PlanSettings, TrainSettings
 from anysite.splits import split
 from anysite.train import train
 from conftest import small_config

@@ -15,7 +15,6 @@ import torch
 
 from anysite import atomic, cli, registry, runs
 from anysite.augment import blur
-from anysite.config import JudgeSettings
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
@@ -43,6 +42,7 @@ from anysite.references import learn_references
 from anysite.report.read import read_sources
 from anysite.runs import Run
 from anysite.segment import Segmenter, count_agreement, count_shared, sum_layer
+from anysite.settings import JudgeSettings
 from anysite.train import train
 from anysite.verdicts import read_verdicts
 from conftest import small_config

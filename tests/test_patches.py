@@ -18,22 +18,13 @@ from monai.inferers.utils import sliding_window_inference
 from torch import Tensor
 from torch.nn import functional as F
 
-from anysite.config import AugmentSettings, PlanSettings, TrainSettings
 from anysite.data.case import Case, Dataset
 from anysite.errors import DataError
-from anysite.patches import (
-    Batch,
-    PatchSampler,
-    PreparedCase,
-    PreparedCases,
-    cut_patch,
-    gaussian_weight,
-    place_windows,
-    prepare,
-    slide,
-)
+from anysite.patches import Batch, PatchSampler, PreparedCase, PreparedCases, prepare
 from anysite.plan import Normalisation, Plan
 from anysite.planning import learn_plan
+from anysite.settings import AugmentSettings, PlanSettings, TrainSettings
+from anysite.windows import cut_patch, gaussian_weight, place_windows, slide
 
 PLAIN = AugmentSettings(enabled=False)
 CASE = Case("a", "a", "here", ())

@@ -15,12 +15,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from anysite.config import PlanSettings
 from anysite.data.case import Case, Dataset
 from anysite.data.volume import Volume
 from anysite.errors import ConfigError, DataError, GeometryError
 from anysite.plan import Normalisation, Plan
 from anysite.planning import choose_patch_size, learn_plan
+from anysite.settings import PlanSettings
 
 AXES = [
     "".join(order)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from anysite import registry, runs
-from anysite.config import PlanSettings, load
+from anysite.config import load
 from anysite.data.case import Dataset
 from anysite.errors import ConfigError, DataError, InterruptedTraining, RunError
 from anysite.learner import build_network
@@ -29,6 +29,7 @@ from anysite.planning import learn_plan
 from anysite.predict import predict
 from anysite.report import write_report
 from anysite.segment import Segmenter
+from anysite.settings import PlanSettings
 from anysite.splits import split
 from anysite.train import train
 from anysite.transfer import transfer

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anysite import registry
 from anysite.augment import augment, choose_partners, mix_amplitude
-from anysite.config import AugmentSettings, load
+from anysite.config import load
 from anysite.data.case import Dataset
 from anysite.errors import ConfigError
 from anysite.learner import build_learner, build_network
@@ -21,6 +21,7 @@ from anysite.networks.restoration import RestorationDecoder, list_scales, scale_
 from anysite.objectives import Step
 from anysite.objectives.ram_dsir import RamDsir, symmetric_divergence
 from anysite.plan import Normalisation, Plan
+from anysite.settings import AugmentSettings
 from anysite.train import train
 from conftest import small_config
 

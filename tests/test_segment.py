@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from anysite import runs
-from anysite.config import AugmentSettings, PlanSettings, PredictSettings, load
+from anysite.config import load
 from anysite.data.case import Dataset
 from anysite.data.volume import Volume
 from anysite.errors import ConfigError, GeometryError, RunError
@@ -21,6 +21,7 @@ from anysite.plan import Normalisation, Plan
 from anysite.planning import learn_plan
 from anysite.runs import Run
 from anysite.segment import Segmenter, flip_combinations
+from anysite.settings import AugmentSettings, PlanSettings, PredictSettings
 from anysite.train import train
 from conftest import small_config
 

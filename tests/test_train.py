@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from anysite import atomic, runs
-from anysite.config import TrainSettings
 from anysite.data.case import Dataset
 from anysite.errors import ConfigError, DataError, InterruptedTraining, RunError, TrainingError
 from anysite.loop import Progress, learning_rate
+from anysite.settings import TrainSettings
 from anysite.splits import split
 from anysite.train import train
 from conftest import small_config

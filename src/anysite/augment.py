@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from anysite.config import AugmentSettings, Range
 from anysite.errors import ConfigError
+from anysite.settings import AugmentSettings, Range
 
 CELLS = 4  # control-point spacings along the longest axis of a smooth random field
 

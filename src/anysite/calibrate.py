@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from anysite.calibration import fit_temperature, fold_unknown, score_calibration, select_band
-from anysite.config import CalibrationSettings
 from anysite.data.case import Case, Dataset
 from anysite.errors import DataError, GeometryError, describe_error
 from anysite.segment import Segmenter
+from anysite.settings import CalibrationSettings
 
 VOXELS_A_CASE = 20_000
 

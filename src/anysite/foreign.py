@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from anysite.config import JudgeSettings, PlanSettings
 from anysite.data import files
 from anysite.data.case import Case, Dataset
 from anysite.data.probabilities import read_probabilities
@@ -24,6 +23,7 @@ from anysite.manifest import MANIFESTS
 from anysite.plan import Normalisation, Plan
 from anysite.planning import learn_plan
 from anysite.segment import count_agreement
+from anysite.settings import JudgeSettings, PlanSettings
 
 AGREE = 0.99  # share of what either finds in which probabilities and mask of one case must agree
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Float
 
-from anysite.config import AdaptSettings
 from anysite.detectors import Output
 from anysite.judge import Verdict
+from anysite.settings import AdaptSettings
 
 NOT_SHIFTED = "the image is like those known"
 NOT_JUDGED = "nothing says whether the image is unlike those known"

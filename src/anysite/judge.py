@@ -10,8 +10,8 @@ import numpy as np
 from scipy import special
 
 from anysite import quality, registry
-from anysite.config import JudgeSettings
 from anysite.detectors import Detector, Output, Vector
+from anysite.settings import JudgeSettings
 
 LEAST = 5  # distances that a limit can be learned from, and patients that one can be left out of
 REJECT = 3.0  # times as far beyond the usual as where a review begins

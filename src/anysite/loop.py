@@ -20,7 +20,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from anysite import atomic, runs
-from anysite.config import Config, TrainSettings
+from anysite.config import Config
 from anysite.data.case import Dataset
 from anysite.errors import InterruptedTraining, RunError, TrainingError
 from anysite.learner import Learner
@@ -29,6 +29,7 @@ from anysite.objectives import Step
 from anysite.patches import Batch, PatchSampler
 from anysite.plan import Plan
 from anysite.scalars import ScalarWriter
+from anysite.settings import TrainSettings
 from anysite.validation import prepare_validation, validate
 
 MEASURED_STEPS = 6

@@ -9,11 +9,11 @@ from typing import Literal
 
 import numpy as np
 
-from anysite.config import PlanSettings
 from anysite.data.case import Case, Dataset
 from anysite.data.volume import Volume
 from anysite.errors import ConfigError, DataError, GeometryError
 from anysite.plan import CLIP_PERCENTILES, HOUNSFIELD_BELOW, Normalisation, Plan, Variant
+from anysite.settings import PlanSettings
 
 ANISOTROPY_LIMIT = 3.0
 

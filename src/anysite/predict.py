@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from anysite import __version__, atomic, runs
-from anysite.config import MaskFormat, PredictSettings, choose_adapter
+from anysite.config import choose_adapter
 from anysite.data import files
 from anysite.data.case import Case, Dataset
 from anysite.data.layouts import find_cases, open_dataset, open_images
@@ -27,9 +27,11 @@ from anysite.manifest import (
     read_manifests,
     unadapted_name,
 )
+from anysite.maps import Prediction
 from anysite.plan import Plan
 from anysite.runs import Run
-from anysite.segment import Prediction, Segmenter
+from anysite.segment import Segmenter
+from anysite.settings import MaskFormat, PredictSettings
 from anysite.verdicts import VERDICT_FILES, write_verdicts
 
 __all__ = [

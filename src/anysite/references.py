@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from anysite.config import JudgeSettings
 from anysite.corrupt import CORRUPTIONS, corrupt
 from anysite.data.case import Case, Dataset
 from anysite.data.volume import Volume
@@ -16,6 +15,7 @@ from anysite.judge import LEAST, Judge, Reference
 from anysite.metrics import score_case
 from anysite.plan import Plan
 from anysite.segment import Segmenter
+from anysite.settings import JudgeSettings
 
 
 def learn_references(

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from anysite import registry, runs
-from anysite.config import CalibrationSettings, JudgeSettings, PretrainSettings
 from anysite.data.case import Dataset
 from anysite.errors import RunError
 from anysite.loop import Progress
+from anysite.settings import CalibrationSettings, JudgeSettings, PretrainSettings
 from anysite.splits import split
 from anysite.train import train
 

@@ -18,7 +18,7 @@ from lightning_fabric import Fabric
 
 from anysite import compute, registry, runs
 from anysite.calibrate import calibrate
-from anysite.config import Config, PretrainSettings, choose_adapter, differing_settings
+from anysite.config import Config, choose_adapter, differing_settings
 from anysite.data.case import Dataset
 from anysite.data.check import require_sound
 from anysite.errors import ConfigError, RunError, describe_error
@@ -31,6 +31,7 @@ from anysite.plan import Plan
 from anysite.planning import learn_plan
 from anysite.references import learn_references
 from anysite.segment import Segmenter
+from anysite.settings import PretrainSettings
 from anysite.splits import Splits, split
 from anysite.transfer import transfer
 

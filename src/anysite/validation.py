@@ -9,8 +9,9 @@ from torch import Tensor
 
 from anysite.data.case import Dataset
 from anysite.networks import Network
-from anysite.patches import PreparedCase, prepare, slide
+from anysite.patches import PreparedCase, prepare
 from anysite.plan import Plan
+from anysite.windows import slide
 
 OVERLAP = 0.25
 

@@ -66,13 +66,14 @@ def pretrain(
     from anysite import config, registry
     from anysite.data.case import Dataset
     from anysite.data.layouts import find_cases, open_images
+    from anysite.settings import PretrainSettings
 
     if registry.find("objective", method).needs_label:
         raise ConfigError(f"--method {method}, which needs labels", fix="use anysite train")
     settings = config.load(preset, _overrides(set_, test_domain, seed))
     chosen = settings.objectives | settings.pretrain.objectives
     settings = settings.model_copy(
-        update={"objectives": {method: chosen.get(method, {})}, "pretrain": config.PretrainSettings()}
+        update={"objectives": {method: chosen.get(method, {})}, "pretrain": PretrainSettings()}
     )
     try:
         dataset = find_cases(images)

@@ -11,7 +11,8 @@ from statistics import median
 from anysite import atomic
 from anysite.data.case import Dataset
 from anysite.data.check.problems import Problem, of_dataset
-from anysite.data.layouts import MANIFESTS, read_table
+from anysite.data.csv_manifest import read_table
+from anysite.data.layouts import MANIFESTS
 
 SPLITS = "splits_final.json"
 SPLIT_COLUMNS = ("split", "fold", "subset", "partition")
