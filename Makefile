@@ -37,7 +37,7 @@ check: install
 docs: install
 	$(BIN)/python docs/generate.py
 	$(BIN)/python -m pip install --quiet mkdocs-material
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: install
 	$(BIN)/python benchmarks/augment.py

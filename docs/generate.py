@@ -46,7 +46,7 @@ def describe_settings() -> str:
     lines = [
         "# Settings", "", "Written by `make docs` from the code.", "",
         "Any of these may stand in a TOML file given as `--preset FILE.toml` or be changed by `--set name=value`.",
-        "The settings of networks and objectives are on the page of [methods](methods.md).", "",
+        "The settings of networks, objectives, detectors and adapters are on the page of [methods](methods.md).", "",
         "| setting | type | default | meaning |", "|---|---|---|---|",
     ]  # fmt: skip
     return "\n".join(lines + _rows(config.Config, "")) + "\n"

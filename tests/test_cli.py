@@ -239,6 +239,16 @@ def test_info_tells_what_a_path_holds(run: Path, masks: Path, phantom_folder: Pa
         assert [line.split()[0] for line in lines] == list(content)
 
 
+def test_phantom_writes_a_dataset_without_faults(tmp_path: Path) -> None:
+    options = ("--size", 32, "--patients", 4, "--site", "north", "--site", "west")
+    out = succeed("phantom", tmp_path / "mine", *options)
+    assert out == f"10 cases of north, west written to {tmp_path / 'mine'}\n"
+    assert "0 errors, 0 warnings" in succeed("check", tmp_path / "mine")
+    again = call("phantom", tmp_path / "mine", *options)
+    assert (again.code, "something is already there" in again.err) == (2, True)
+    assert "expected 2 or 3" in call("phantom", tmp_path / "other", "--dimension", 4).err
+
+
 def test_methods_are_listed_with_their_settings() -> None:
     content = json.loads(succeed("methods", "--json"))
     assert {m["name"] for m in content["methods"] if m["kind"] == "network"} == set(registry.NETWORKS)

@@ -9,7 +9,7 @@ import typer
 
 from anysite import __version__
 from anysite.commands.data import check, info, methods
-from anysite.commands.demo import demo
+from anysite.commands.demo import demo, phantom
 from anysite.commands.prediction import judge, predict
 from anysite.commands.results import benchmark, evaluate, report
 from anysite.commands.training import pretrain, reflect, train
@@ -78,6 +78,6 @@ def _top(
 
 
 for verb in (
-    demo, check, train, pretrain, reflect, predict, judge, evaluate, report, benchmark, methods, info,
+    demo, check, train, pretrain, reflect, predict, judge, evaluate, report, benchmark, methods, info, phantom,
 ):  # fmt: skip
     app.command()(verb)

@@ -12,7 +12,8 @@ import typer
 from anysite.errors import ConfigError
 
 DatasetPath = Annotated[
-    Path, typer.Argument(metavar="DATASET", help="CSV manifest, nnU-Net or <site>/{images,masks} folder")
+    Path,
+    typer.Argument(metavar="DATASET", help="CSV or JSON list, <site>/{images,masks}, nnU-Net or BIDS folder"),
 ]
 Overrides = Annotated[
     list[str] | None,

@@ -33,7 +33,7 @@ def check(
 
 
 def methods(json: AsJson = False) -> None:
-    """List networks, objectives, detectors and presets with their settings."""
+    """List networks, objectives, detectors, adapters and presets with their settings."""
     from anysite import config, console, registry
 
     listed = [registry.describe(kind, name) for kind, names in registry.TABLES.items() for name in names]

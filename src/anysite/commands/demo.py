@@ -1,4 +1,4 @@
-"""The demonstration: every main verb in turn, on a made-up dataset."""
+"""A made-up dataset, and the demonstration: every main verb in turn on it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,36 @@ from anysite.commands.training import train
 from anysite.errors import ConfigError, RejectedMasks
 
 
+def phantom(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="where to write it, new or empty")],
+    dimension: Annotated[int, typer.Option(help="2 for pictures, 3 for volumes")] = 2,
+    patients: Annotated[int, typer.Option(help="of every site; every third has two cases")] = 12,
+    size: Annotated[
+        int | None, typer.Option(help="pixels along a side; default: 128, or 48 slices in 3-D")
+    ] = None,
+    site: Annotated[list[str] | None, typer.Option(help="only this site (repeatable)")] = None,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+) -> None:
+    """Write a made-up dataset of four sites with labels, to try things on."""
+    from anysite import console
+    from anysite.data import phantom
+    from anysite.data.layouts import open_dataset
+
+    phantom.write_phantom(
+        folder, dimension=dimension, patients_per_site=patients, size=size, seed=seed,
+        sites=site or tuple(phantom.SITES),
+    )  # fmt: skip
+    dataset = open_dataset(folder)
+    console.say(f"{len(dataset.cases)} cases of {', '.join(dataset.domains)} written to {folder}")
+
+
 def demo(
     output: Annotated[
         Path | None, typer.Option(help="folder for everything; default: demo, or demo_3d")
     ] = None,
     dimension: Annotated[int, typer.Option(help="2 for pictures, 3 for volumes")] = 2,
     budget: Annotated[str, typer.Option(help="time for training")] = "150s",
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
 ) -> None:
     """The whole chain on a made-up dataset: train on three sites, test on a fourth, end in an HTML report."""
     from anysite import console

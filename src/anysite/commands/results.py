@@ -41,7 +41,7 @@ def report(
         list[Path], typer.Argument(metavar="PATH...", help="prediction folders and files of rows (.jsonl)")
     ],
     output: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
-    title: str = "",
+    title: Annotated[str, typer.Option(help="of the page")] = "",
 ) -> None:
     """Turn rows and predictions into one self-contained HTML page."""
     from anysite import console
