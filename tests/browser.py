@@ -1,4 +1,4 @@
-"""A headless Chromium that tests drive by its DevTools protocol over two pipes, without a network and without a library."""
+"""A headless Chromium that tests drive by its DevTools protocol over two pipes; it needs no network."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Page:
     def press(self, *keys: str) -> None:
         """Press keys, named as in KeyboardEvent.key, one after the other."""
         for key in keys:
-            code = {"key": key} | ({"text": key} if len(key) == 1 else {})
+            code: dict[str, Any] = {"key": key} | ({"text": key} if len(key) == 1 else {})
             if key == "Enter":
                 code["text"] = "\r"
             if key in ("Tab", "Escape", "Enter"):

@@ -16,7 +16,7 @@ const start = async () => {
   }
   probe.getExtension("WEBGL_lose_context")?.loseContext();
   const script = document.createElement("script");
-  script.textContent = new TextDecoder().decode(await inflate(document.getElementById("niivue")));
+  script.textContent = new TextDecoder().decode(await inflate(document.getElementById("viewer-script")));
   document.head.append(script);
   const nv = new window.niivue.Niivue({
     backColor: [0.043, 0.051, 0.063, 1],
@@ -148,7 +148,7 @@ class Viewer {
         return entry;
       }),
     );
-    viewer.dataset.drawn = `${this.cases.current.dataset.case} ${layer} ${view}`;
+    viewer.dataset.drawn = `${this.cases.current.dataset.case} ${layer} ${view} ${opacity}`;
   }
 }
 
