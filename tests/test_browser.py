@@ -63,7 +63,7 @@ def stage_of(page: Page) -> np.ndarray:
 
 
 def is_near(pixels: np.ndarray, colour: tuple[int, int, int], tolerance: int = 40) -> np.ndarray:
-    return (abs(pixels.astype(int) - colour) < tolerance).all(axis=-1)
+    return np.asarray(abs(pixels.astype(int) - colour) < tolerance).all(axis=-1, keepdims=True)[..., 0]
 
 
 def test_keys_step_through_the_cases_and_the_focus_is_seen(page: Page) -> None:
@@ -89,7 +89,7 @@ def test_keys_step_through_the_cases_and_the_focus_is_seen(page: Page) -> None:
     page.press("?")
     assert page.ask("document.getElementById('help').open")
     page.press("j", "Escape")
-    assert not page.ask("document.getElementById('help').open")
+    page.wait("!document.getElementById('help').open")
     assert page.ask(CURRENT) == "case000"
 
 
@@ -154,7 +154,7 @@ def test_the_viewer_draws_image_and_masks(page: Page) -> None:
     page.wait(f"{DRAWN} === 'case004 prediction structures 1'")
     assert page.ask("document.getElementById('viewer-title').textContent") == "case004"
     page.press("Escape")
-    assert page.ask(CURRENT) == "case004"
+    page.wait(f"{CURRENT} === 'case004'")
 
 
 def test_cases_without_a_volume_have_no_viewer(page: Page) -> None:

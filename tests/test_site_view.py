@@ -151,6 +151,7 @@ def test_volumes_hold_the_image_and_nothing_of_its_header(tmp_path, predictions)
             bytes(blank[key]) for key in ("descrip", "aux_file", "db_name", "intent_name")
         ]
         assert not header.extensions
+        assert image.affine is not None
         middle = image.affine @ [*((np.array(image.shape) - 1) / 2), 1]  # not where the patient lay
         assert middle[:3] == pytest.approx((0, 0, 0), abs=1e-3)
         assert nibabel.aff2axcodes(image.affine) == ("R", "A", "S")
