@@ -63,7 +63,7 @@ def stage_of(page: Page) -> np.ndarray:
 
 
 def is_near(pixels: np.ndarray, colour: tuple[int, int, int], tolerance: int = 40) -> np.ndarray:
-    return np.asarray(abs(pixels.astype(int) - colour) < tolerance).all(axis=-1, keepdims=True)[..., 0]
+    return np.asarray((abs(pixels.astype(int) - colour) < tolerance).all(axis=-1))
 
 
 def test_keys_step_through_the_cases_and_the_focus_is_seen(page: Page) -> None:
