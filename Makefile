@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: install demo test test-slow check docs bench lock
+.PHONY: install demo test test-slow check docs bench lock viewer
 
 install: $(INSTALLED)
 
@@ -58,3 +58,14 @@ lock:
 		--extra development --extra dicom --extra itk --constraint requirements.pins pyproject.toml \
 		| grep -vE '^(nvidia-|cuda-|triton|torch==)' > requirements.lock
 	cat requirements.pins >> requirements.lock
+
+# The 3-D viewer of the report as its makers publish it; needs npm. src/anysite/report/niivue/README.md keeps the digests.
+NIIVUE ?= 0.69.0
+VIEWER := src/anysite/report/niivue
+viewer:
+	rm -rf build/niivue && mkdir -p build/niivue
+	cd build/niivue && npm pack --silent @niivue/niivue@$(NIIVUE) && tar -xzf niivue-niivue-$(NIIVUE).tgz
+	gzip -9n < build/niivue/package/dist/niivue.umd.js > $(VIEWER)/niivue.umd.js.gz
+	echo $(NIIVUE) > $(VIEWER)/VERSION
+	sha256sum build/niivue/package/dist/niivue.umd.js
+	openssl dgst -sha512 -binary build/niivue/niivue-niivue-$(NIIVUE).tgz | base64 -w0; echo

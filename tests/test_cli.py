@@ -100,8 +100,11 @@ def test_check_writes_a_page_that_needs_nothing_else(phantom_folder: Path, tmp_p
     page = (tmp_path / "check.html").read_text(encoding="utf-8")
     assert "None found." in page
     assert page.count("<polyline") == 3
-    assert not re.search(r"(src|href)=", page)
+    assert not re.search(r"(src|href)=\"[^#]", page)
     assert str(phantom_folder) not in page
+    succeed("check", phantom_folder, "--output", tmp_path / "check.json")
+    succeed("report", tmp_path / "check.json", "--output", tmp_path / "report.html")
+    assert "Data shift audit" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert call("check", phantom_folder, "--output", tmp_path / "check.txt").code == 2
 
 

@@ -144,7 +144,7 @@ def test_a_benchmark_keeps_what_the_section_needs(tmp_path: Path) -> None:
         jobs(others=[sites])
 
     page = write_report([output], tmp_path / "report.html").read_text()
-    assert "<h2>Judgement</h2>" in page
+    assert '<h2 id="risk">Risk and coverage</h2>' in page
     assert "another dataset" in page
     for line in output.read_text().splitlines():
         if not is_judgement(json.loads(line)["metric"]):

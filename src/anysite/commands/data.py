@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -13,18 +14,22 @@ from anysite.errors import ConfigError
 
 def check(
     dataset: DatasetPath,
-    output: Annotated[Path | None, typer.Option(help="also write it as this .html file")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="also write it as this .html page, or .json file for anysite report")
+    ] = None,
     json: AsJson = False,
 ) -> None:
     """List every problem of a dataset at once, with the file, what was found and what to do."""
-    from anysite import console
+    from anysite import atomic, console
     from anysite.data.check import inspect_dataset
 
-    if output is not None and output.suffix.lower() not in (".html", ".htm"):
-        raise ConfigError(f"--output {output}", expected="a file ending in .html")
+    if output is not None and output.suffix.lower() not in (".html", ".htm", ".json"):
+        raise ConfigError(f"--output {output}", expected="a file ending in .html or .json")
     inspection = inspect_dataset(dataset)
     console.as_json(inspection) if json else console.show_inspection(inspection)
-    if output is not None:
+    if output is not None and output.suffix.lower() == ".json":
+        atomic.write_json(output, dataclasses.asdict(inspection))
+    elif output is not None:
         from anysite.report.inspection import write_inspection
 
         write_inspection(inspection, output, dataset.resolve().name)

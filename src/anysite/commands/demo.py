@@ -54,16 +54,17 @@ def demo(
         raise ConfigError(f"--dimension {dimension}", expected="2 or 3")
     output = output or Path("demo" if dimension == 2 else "demo_3d")
     began = time.monotonic()
-    data, run, masks, page = (
+    data, run, masks, found, page = (
         output / f"phantom_{dimension}d",
         output / "run",
         output / "masks",
+        output / "check.json",
         output / "report.html",
     )
     if not (data / "index.csv").is_file():
         write_phantom(data, dimension=dimension, patients_per_site=20, seed=seed)
-    console.say(f"1. anysite check {data}")
-    check(data)
+    console.say(f"1. anysite check {data} --output {found}")
+    check(data, found)
     console.say(f"\n2. anysite train {data} --output {run} --test-domain west --budget {budget} --resume")
     train(data, run, test_domain=["west"], budget=budget, seed=seed, resume=True)
     console.say(f"\n3. anysite predict {run} {data} --output {masks}")
@@ -73,6 +74,6 @@ def demo(
         console.say(str(error))
     console.say(f"\n4. anysite evaluate {masks} {data}")
     evaluate(masks, data)
-    console.say(f"\n5. anysite report {masks} --output {page}")
-    report([masks], page)
+    console.say(f"\n5. anysite report {found} {run} {masks} --output {page}")
+    report([found, run, masks], page)
     console.say(f"\nDone in {console.format_seconds(time.monotonic() - began)}. Open {page} in a browser.")

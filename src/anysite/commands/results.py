@@ -38,16 +38,22 @@ def evaluate(
 
 def report(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="prediction folders and files of rows (.jsonl)")
+        list[Path],
+        typer.Argument(
+            metavar="PATH...",
+            help="prediction folders, files of rows (.jsonl), run folders, checks (.json of anysite check)",
+        ),
     ],
     output: Annotated[Path, typer.Option(help="the page to write")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="of the page")] = "",
+    pictures: Annotated[int, typer.Option(min=0, help="cases with a picture in the list")] = 200,
+    volumes: Annotated[int, typer.Option(min=0, help="cases in the 3-D viewer, lowest Dice first")] = 24,
 ) -> None:
-    """Turn rows and predictions into one self-contained HTML page."""
+    """Turn rows, predictions, runs and checks into one self-contained HTML page."""
     from anysite import console
     from anysite.report import write_report
 
-    write_report(paths, output, title)
+    write_report(paths, output, title, pictures=pictures, volumes=volumes)
     console.say(f"report written to {output}")
 
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from anysite.judgement import DECISIONS, UNADAPTED_DICE
+from anysite.report.cases import CaseLine, list_cases
 from anysite.report.charts import Strip, line_plot, strip_plot
 from anysite.report.configuration import Entries, RunFacts, describe_rows, describe_run
 from anysite.report.format import SPLIT_NAMES, image_folders, join, without_folders
+from anysite.report.gallery import Gallery
 from anysite.report.judging import FAILED
 from anysite.report.methods import split_by_method
-from anysite.report.pictures import Picture, draw_case
+from anysite.report.pictures import Picture
 from anysite.report.read import PredictedCase, PredictedVerdict, Predictions, Row, Source
 from anysite.report.summary import (
     CaseScore,
@@ -60,20 +62,6 @@ class Adapted:
 
 
 @dataclass(frozen=True)
-class CaseLine:
-    """A line of the table of all cases."""
-
-    case: str
-    domain: str
-    split: str
-    status: str
-    score: CaseScore | None
-    hd95: float | None
-    seconds: float | None
-    verdict: str = ""
-
-
-@dataclass(frozen=True)
 class Judged:
     """The cases of one role and verdict: how many, their Dice, how many failed, and a middling one as a picture."""
 
@@ -109,6 +97,7 @@ class Evaluation:
     adapted: tuple[Adapted, ...]
     not_adapted: tuple[tuple[str, int], ...]
     lines: tuple[CaseLine, ...]
+    volumes_left_out: int
     hd95_unit: str
     undefined: int
     facts: Entries
@@ -123,8 +112,14 @@ class Evaluation:
         return self.in_domain.mean - self.unseen.mean
 
 
-def evaluate(source: Source) -> Evaluation:
-    """Gather everything about one prediction folder, or about rows of one method without pictures."""
+def evaluate(source: Source, *, pictures: int, volumes: int) -> Evaluation:
+    """Gather everything about one prediction folder, or about rows of one method without pictures.
+
+    Args:
+        source: Where the rows come from.
+        pictures: At most so many cases of the list have one.
+        volumes: At most so many cases are embedded for the viewer: the middle one of every site, then the lowest.
+    """
     rows = [row for row in source.rows if is_clean(row)]
     predictions = source.predictions or Predictions()
     scores = score_cases(rows)
@@ -136,7 +131,9 @@ def evaluate(source: Source) -> Evaluation:
     runs = predictions.runs
     trained = {domain for row in rows for domain in row.train_domains}
     trained.update(str(domain) for run in runs for domain in run.get("train_domains") or ())
-    lines = _lines(rows, predictions, scores)
+    gallery = Gallery(source, volumes)
+    shown = tuple(_site_pictures(gallery, sites))  # first, so that every site has a volume
+    lines = list_cases(rows, scores, gallery, pictures)
     return Evaluation(
         name=join(split_by_method(rows)) or join({describe_run(run).name: None for run in runs}),
         train_domains=tuple(sorted(trained)),
@@ -162,14 +159,15 @@ def evaluate(source: Source) -> Evaluation:
             if sum(site.split == split for site in sites) > 1
             and (mean := estimate(of_split(scores, split))) is not None
         ),
-        pictures=tuple(_site_pictures(source, sites)) if source.predictions else (),
-        worst=tuple(_worst(source, scores)) if source.predictions else (),
+        pictures=shown,
+        worst=tuple(_worst(gallery, scores)),
         strips=strip_plot([_strip(site) for site in sites], "Dice of every case, by site"),
-        judged=tuple(_judged(source, scores)) if source.predictions else (),
+        judged=tuple(_judged(gallery, scores)),
         reliability=_draw_reliability(source),
-        adapted=tuple(_adapted(source, scores)) if source.predictions else (),
+        adapted=tuple(_adapted(source.rows, gallery, scores)),
         not_adapted=_count_reasons(predictions),
-        lines=tuple(lines),
+        lines=lines,
+        volumes_left_out=gallery.left_out,
         hd95_unit=next((row.unit for row in rows if row.metric == "hd95" and row.unit), ""),
         undefined=sum(score.undefined for score in scores),
         facts=describe_rows(rows),
@@ -178,29 +176,27 @@ def evaluate(source: Source) -> Evaluation:
     )
 
 
-def _site_pictures(source: Source, sites: Sequence[Site]) -> Iterable[Shown]:
+def _site_pictures(gallery: Gallery, sites: Sequence[Site]) -> Iterable[Shown]:
     """Show the median case of each site, or its first where nothing is scored."""
-    assert source.predictions is not None
-    cases = source.predictions.cases
+    cases = gallery.predictions.cases
     chosen: dict[str, Shown] = {}
     for site in sites:
         score = median_case(s for s in site.scores if s.case in cases and cases[s.case].mask)
         if score is not None and site.domain not in chosen:
-            picture = _draw(source, score.case, cases[score.case])
+            picture = gallery.draw(score.case)
             chosen[site.domain] = Shown(score.case, site.domain, site.split, picture, score, site.dice)
     for case_id, case in cases.items():
         if case.mask and case.domain not in chosen:
-            chosen[case.domain] = Shown(case_id, case.domain, case.split, _draw(source, case_id, case))
+            chosen[case.domain] = Shown(case_id, case.domain, case.split, gallery.draw(case_id))
     return sorted(chosen.values(), key=lambda shown: rank_of(shown.split))
 
 
-def _adapted(source: Source, scores: Sequence[CaseScore]) -> list[Adapted]:
+def _adapted(rows: Sequence[Row], gallery: Gallery, scores: Sequence[CaseScore]) -> list[Adapted]:
     """Return the adapted cases, those that lost most first."""
-    assert source.predictions is not None
     by_case = {score.case: score for score in scores}
-    before = {row.case: row.value for row in source.rows if row.metric == UNADAPTED_DICE}
+    before = {row.case: row.value for row in rows if row.metric == UNADAPTED_DICE}
     found = []
-    for name, case in source.predictions.cases.items():
+    for name, case in gallery.predictions.cases.items():
         kept = [adaptation for adaptation in case.adaptation if adaptation.kept]
         if not kept or not case.mask:
             continue
@@ -210,8 +206,8 @@ def _adapted(source: Source, scores: Sequence[CaseScore]) -> list[Adapted]:
     found.sort(key=lambda item: (item[0] is None, item[0] or 0.0, item[1]))
     return [
         Adapted(
-            Shown(name, case.domain, case.split, _draw(source, name, _unadapted(case))),
-            Shown(name, case.domain, case.split, _draw(source, name, case), score),
+            Shown(name, case.domain, case.split, gallery.draw_other(name, _unadapted(case))),
+            Shown(name, case.domain, case.split, gallery.draw(name), score),
             adaptation.method,
             adaptation.changed_share or 0.0,
             old,
@@ -253,23 +249,21 @@ def _draw_reliability(source: Source) -> Markup:
     return line_plot(ticks, curves, "Voxels that were right, in percent, by confidence in percent")
 
 
-def _worst(source: Source, scores: Sequence[CaseScore]) -> Iterable[Shown]:
-    assert source.predictions is not None
-    cases = source.predictions.cases
+def _worst(gallery: Gallery, scores: Sequence[CaseScore]) -> Iterable[Shown]:
+    cases = gallery.predictions.cases
     candidates = [score for score in worst_first(scores) if score.split != "training" and score.case in cases]
     for score in candidates[:WORST]:
-        picture = _draw(source, score.case, cases[score.case])
+        picture = gallery.draw(score.case)
         verdict = cases[score.case].verdict
         yield Shown(score.case, score.domain, score.split, picture, score, verdict=verdict)
 
 
-def _judged(source: Source, scores: Sequence[CaseScore]) -> Iterable[Judged]:
+def _judged(gallery: Gallery, scores: Sequence[CaseScore]) -> Iterable[Judged]:
     """Group cases by their role and verdict; the failed masks that were accepted are what counts.
 
     Held-out cases stand apart, because limits are set by such cases.
     """
-    assert source.predictions is not None
-    cases = source.predictions.cases
+    cases = gallery.predictions.cases
     by_case = {score.case: score for score in scores}
     shown: set[str] = set()
     for split, decision in itertools.product(("unseen", "in_domain", "unknown"), DECISIONS):
@@ -288,19 +282,10 @@ def _judged(source: Source, scores: Sequence[CaseScore]) -> Iterable[Judged]:
         if name is not None and decision not in shown:
             shown.add(decision)
             case = cases[name]
-            picture = _draw(source, name, case)
+            picture = gallery.draw(name)
             example = Shown(name, case.domain, case.split, picture, middle, verdict=case.verdict)
         failed = sum(value < FAILED for value in values)
         yield Judged(split, decision, len(chosen), estimate(found), failed, len(values), example)
-
-
-def _draw(source: Source, case_id: str, case: PredictedCase) -> Picture:
-    assert source.predictions is not None
-    return draw_case(source.path, case_id, case, source.predictions.dataset)
-
-
-def _decision(case: PredictedCase) -> str:
-    return case.verdict.decision if case.verdict else ""
 
 
 def _strip(site: Site) -> Strip:
@@ -308,24 +293,3 @@ def _strip(site: Site) -> Strip:
     role = SPLIT_NAMES.get(site.split, site.split)
     mean = site.dice.mean if site.dice else None
     return Strip(site.domain or "unnamed site", role, site.split, mean, values)
-
-
-def _lines(rows: Sequence[Row], predictions: Predictions, scores: Sequence[CaseScore]) -> list[CaseLine]:
-    distances = {(s.case, s.domain, s.split): s.value for s in score_cases(rows, "hd95")}
-    lines = []
-    for score in [*worst_first(scores), *(score for score in scores if score.value is None)]:
-        case = predictions.cases.get(score.case, PredictedCase())
-        distance = distances.get((score.case, score.domain, score.split))
-        seconds, verdict = case.seconds, _decision(case)
-        lines.append(
-            CaseLine(
-                score.case, score.domain, score.split, case.status, score, distance, seconds, verdict
-            )
-        )  # fmt: skip
-    scored = {score.case for score in scores}
-    lines += [
-        CaseLine(case_id, case.domain, case.split, case.status, None, None, case.seconds, _decision(case))
-        for case_id, case in predictions.cases.items()
-        if case_id not in scored
-    ]
-    return sorted(lines, key=lambda line: line.status != "failed")

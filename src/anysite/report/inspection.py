@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
+from pydantic import TypeAdapter, ValidationError
 
 import anysite
 from anysite import atomic
-from anysite.data.check import Inspection, Problem, Shift
-from anysite.report import format as texts
+from anysite.data.check import Inspection, Problem, Shift, SiteSummary
+from anysite.errors import FileFormatError
 from anysite.report.charts import histogram_plot
+from anysite.report.template import render
 
-HERE = Path(__file__).parent
 HEAT = 70  # per cent of tint at the largest distance
 
 
@@ -44,25 +44,58 @@ class Difference:
     matrices: tuple[Matrix, ...]
 
 
+@dataclass(frozen=True)
+class Audit:
+    """What a check found, for its own page and for the report."""
+
+    name: str
+    groups: tuple[Group, ...]
+    sites: tuple[SiteSummary, ...]
+    classes: tuple[str, ...]
+    differences: tuple[Difference, ...]
+
+    def count(self, severity: str) -> int:
+        """Count the problems of one severity."""
+        return sum(len(group.problems) for group in self.groups if group.severity == severity)
+
+
+def read_audit(path: Path) -> Audit:
+    """Read what `anysite check --output FILE.json` wrote.
+
+    Raises:
+        FileFormatError: a file that is missing or holds no check.
+    """
+    expected = "what anysite check --output wrote"
+    try:
+        return describe_inspection(TypeAdapter(Inspection).validate_python(atomic.read_json(path)), path.stem)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"])) or "content"
+        raise FileFormatError(f"{place}: {problem['msg']}", where=path, expected=expected) from None
+    except (ValueError, IndexError):  # numbers that do not fit together
+        raise FileFormatError(
+            "sites and distances that do not fit together", where=path, expected=expected
+        ) from None
+
+
+def describe_inspection(inspection: Inspection, name: str) -> Audit:
+    """Arrange what a check found by rule, site and difference."""
+    return Audit(
+        name=name,
+        groups=tuple(_by_rule(inspection)),
+        sites=inspection.sites,
+        classes=tuple(dict.fromkeys(name for site in inspection.sites for name in site.class_share))[1:],
+        differences=tuple(_describe(shift) for shift in inspection.shift),
+    )
+
+
 def write_inspection(inspection: Inspection, output: Path, title: str) -> Path:
     """Write a self-contained page on what a check found, and return its path.
 
     It names cases, sites and files, but no folders.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(count=texts.count)
-    page = environment.get_template("inspection.html").render(
-        title=title,
-        groups=_by_rule(inspection),
-        errors=sum(problem.severity == "error" for problem in inspection.problems),
-        warnings=sum(problem.severity == "warning" for problem in inspection.problems),
-        sites=inspection.sites,
-        classes=list(dict.fromkeys(name for site in inspection.sites for name in site.class_share))[1:],
-        differences=[_describe(shift) for shift in inspection.shift],
-        version=anysite.__version__,
-    )
+    audit = describe_inspection(inspection, title)
+    page = render("inspection.html", title=title, audit=audit, version=anysite.__version__)
     atomic.write_text(Path(output), page)
     return Path(output)
 

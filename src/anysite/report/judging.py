@@ -290,6 +290,8 @@ def _draw(judged: Sequence[Judged], scores: Sequence[str]) -> Markup:
         if found:
             means = [fmean(values) for values in zip(*found, strict=True)]
             curves[score] = tuple(Estimate(mean, None, None, 1, 1) for mean in means)
+    if not curves:
+        return Markup("")
     ticks = [f"{share} %" for share in shares]
     return line_plot(ticks, curves, "Mean Dice of the share of masks that each score trusts most")
 

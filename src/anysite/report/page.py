@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
 import anysite
@@ -18,24 +17,40 @@ from anysite.report.adaptation import AdaptationResult, describe_adaptations
 from anysite.report.charts import Strip, difference_plot, strip_plot
 from anysite.report.curves import CorruptionCurves, LabelCurves, describe_corruptions, describe_labels
 from anysite.report.evaluation import Evaluation, evaluate
+from anysite.report.inspection import read_audit
 from anysite.report.judging import FAILED, KINDS, OTHER, Judgement, describe_judgement
-from anysite.report.methods import MethodSummary, split_by_method, summarise_methods
+from anysite.report.methods import Matrix, MethodSummary, split_by_method, summarise_methods, train_by_test
 from anysite.report.pictures import OKABE_ITO
 from anysite.report.read import Row, Source, read_sources
 from anysite.report.summary import is_clean, of_split, score_cases
+from anysite.report.template import render
 from anysite.report.training import MANIFEST, read_training
+from anysite.report.viewer import read_viewer
 
-HERE = Path(__file__).parent
+
+@dataclass(frozen=True)
+class Limits:
+    """How many cases of one prediction folder have a picture in the list, and a volume in the viewer."""
+
+    pictures: int
+    volumes: int
 
 
 @dataclass(frozen=True)
 class Comparing:
-    """The section on several methods; `lowest` and `highest` are the extreme means of all matrices."""
+    """The section on several methods."""
 
     methods: tuple[MethodSummary, ...]
     sites: tuple[str, ...]
     strips: Markup
     differences: tuple[tuple[MethodSummary, Markup], ...]
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Training sites by test site, by method; `lowest` and `highest` are the extreme means of them all."""
+
+    named: tuple[tuple[str, Matrix], ...]
     lowest: float
     highest: float
 
@@ -46,6 +61,7 @@ class Chapter:
 
     dataset: str
     comparing: Comparing | None
+    matrices: Matrices | None
     labels: LabelCurves | None
     corruptions: CorruptionCurves | None
     evaluations: tuple[Evaluation, ...]
@@ -54,35 +70,50 @@ class Chapter:
     corrupted: int
 
 
-def write_report(paths: Sequence[Path], output: Path, title: str = "") -> Path:
+PICTURES, VOLUMES = 200, 24  # cases of a page that have one
+
+
+def write_report(
+    paths: Sequence[Path], output: Path, title: str = "", *, pictures: int = PICTURES, volumes: int = VOLUMES
+) -> Path:
     """Write a page on prediction folders and files of result rows, and return its path.
 
     The page needs no network and no other file. It names cases and sites, but no folders. Means are over
     patients with 95 % intervals (`anysite.statistics.estimate_mean`), in points (x 100).
 
     Args:
-        paths: Prediction folders, `.jsonl` files of rows, folders that hold such, or run folders.
+        paths: Prediction folders, `.jsonl` files of rows, folders that hold such, run folders, or `.json` files of
+            checks.
         output: The `.html` file, replaced atomically.
         title: The page's heading; by default the names of the datasets.
+        pictures: At most so many cases have a picture in the list of cases, shared between prediction folders.
+        volumes: At most so many cases are in the 3-D viewer, shared likewise.
 
     Raises:
         FileFormatError: a source that is missing or is not what its name says.
         DataError: sources without any case.
     """
-    runs = [path for path in map(Path, paths) if (path / MANIFEST).is_file()]
+    paths = [Path(path) for path in paths]
+    runs = [path for path in paths if (path / MANIFEST).is_file()]
+    checks = [path for path in paths if path.suffix == ".json" and not path.is_dir()]
     trainings = [read_training(path) for path in runs]
-    sources = read_sources([path for path in map(Path, paths) if path not in runs])
-    chapters = [_chapter(name, group) for name, group in _by_dataset(sources).items()]
-    if not chapters and not trainings:
+    audits = [read_audit(path) for path in checks]
+    sources = read_sources([path for path in paths if path not in (*runs, *checks)])
+    folders = max(1, sum(source.predictions is not None for source in sources))
+    limits = Limits(-(-pictures // folders), -(-volumes // folders))
+    chapters = [_chapter(name, group, limits) for name, group in _by_dataset(sources).items()]
+    if not chapters and not trainings and not audits:
         raise DataError("no rows and no predicted cases", where=", ".join(str(path) for path in paths))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update({name: getattr(texts, name) for name in FILTERS})
-    page = environment.get_template("page.html").render(
-        title=title or texts.join([c.dataset for c in chapters] or [t.name for t in trainings]),
+    lines = [line for chapter in chapters for result in chapter.evaluations for line in result.lines]
+    names = [chapter.dataset for chapter in chapters] or [training.name for training in trainings]
+    page = render(
+        "page.html",
+        title=title or texts.join(names or [audit.name for audit in audits]),
         chapters=chapters,
         trainings=trainings,
+        audits=audits,
+        viewer=read_viewer() if any(line.volume for line in lines) else None,
+        stepping=bool(lines),
         version=anysite.__version__,
         split_names=texts.SPLIT_NAMES,
         colours=len(OKABE_ITO),
@@ -97,20 +128,6 @@ def write_report(paths: Sequence[Path], output: Path, title: str = "") -> Path:
     )
     atomic.write_text(Path(output), page)
     return Path(output)
-
-
-FILTERS = (
-    "points",
-    "number",
-    "interval",
-    "count",
-    "probability",
-    "duration",
-    "join",
-    "metric_name",
-    "metric_unit",
-    "metric_value",
-)
 
 
 def _by_dataset(sources: Sequence[Source]) -> dict[str, list[Source]]:
@@ -129,7 +146,7 @@ def _by_dataset(sources: Sequence[Source]) -> dict[str, list[Source]]:
     return datasets
 
 
-def _chapter(dataset: str, sources: Sequence[Source]) -> Chapter:
+def _chapter(dataset: str, sources: Sequence[Source], limits: Limits) -> Chapter:
     rows = list({row.key: row for source in sources for row in source.rows}.values())
     everything, rows = rows, [row for row in rows if row.split != OTHER]
     clean = [row for row in rows if is_clean(row)]
@@ -140,12 +157,20 @@ def _chapter(dataset: str, sources: Sequence[Source]) -> Chapter:
     folders = [source for source in sources if source.predictions is not None]
     if not folders and len(methods) == 1:
         folders = [Source(sources[0].path, tuple(compared))]
+    comparing = _compare(methods) if len(methods) > 1 else None
     return Chapter(
         dataset=dataset,
-        comparing=_compare(methods) if len(methods) > 1 else None,
+        comparing=comparing,
+        matrices=_cross(
+            [(method.name, method.matrix) for method in comparing.methods]
+            if comparing
+            else [(name, train_by_test(rows)) for name, rows in methods.items()]
+        ),
         labels=labels,
         corruptions=describe_corruptions(rows),
-        evaluations=tuple(evaluate(source) for source in folders),
+        evaluations=tuple(
+            evaluate(source, pictures=limits.pictures, volumes=limits.volumes) for source in folders
+        ),
         judgements=tuple(
             judgement
             for name, found in split_by_method(everything).items()
@@ -171,7 +196,6 @@ def _compare(methods: dict[str, list[Row]]) -> Comparing:
             mean = method.sites[site].mean if site in method.sites else None
             strips.append(Strip(site, method.name, "unseen", mean, values))
     limit = max((abs(v) for method in summaries for _, v in method.differences), default=0) or 0.01
-    means = [cell.estimate.mean for method in summaries for cell in method.matrix.cells.values()]
     return Comparing(
         methods=tuple(summaries),
         sites=tuple(sites),
@@ -181,6 +205,12 @@ def _compare(methods: dict[str, list[Row]]) -> Comparing:
             for method in summaries
             if method.differences
         ),
-        lowest=min(means, default=0.0),
-        highest=max(means, default=1.0),
     )
+
+
+def _cross(matrices: Sequence[tuple[str, Matrix]]) -> Matrices | None:
+    """Cross training with test sites, where there is more to see than the sites of one training."""
+    if len(matrices) < 2 and all(len(matrix.train_sets) < 2 for _, matrix in matrices):
+        return None
+    means = [cell.estimate.mean for _, matrix in matrices for cell in matrix.cells.values()]
+    return Matrices(tuple(matrices), min(means), max(means)) if means else None

@@ -11,11 +11,9 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from anysite.data import files
 from anysite.data.volume import Volume
-from anysite.errors import AnysiteError
 from anysite.report.contours import draw_contour
-from anysite.report.format import without_folders
+from anysite.report.images import CaseImages, as_grey, read_images
 from anysite.report.read import PredictedCase, PredictedDataset
 
 SIDE_PX = 320
@@ -35,21 +33,13 @@ class Picture:
 
 def draw_case(folder: Path, case_id: str, case: PredictedCase, dataset: PredictedDataset) -> Picture:
     """Draw one predicted case; of a volume, the slice in which truth and prediction differ most."""
-    if not case.mask:
-        return Picture(problem="No mask was written for this case.")
-    if not case.images or not files.exists(folder / case.images[0]):
-        return Picture(problem="The image file is no longer where it was when the mask was predicted.")
-    try:
-        image = files.read(image_path := folder / case.images[0])
-        prediction = files.read_label(folder / case.mask, image_path)
-        truth = None
-        if case.label and files.exists(folder / case.label):
-            indices = dataset.tasks.get(case.task) or {v: i for i, v in enumerate(dataset.label_values)}
-            truth = _class_indices(files.read_label(folder / case.label, image_path), indices)
-    except AnysiteError as error:
-        return Picture(problem=without_folders(f"A file of this case cannot be read: {error.found}."))
-    if any(other is not None and other.shape != image.shape for other in (prediction, truth)):
-        return Picture(problem="Image, label and mask have different shapes.")
+    images = read_images(folder, case, dataset)
+    return Picture(problem=images) if isinstance(images, str) else draw_images(case_id, images)
+
+
+def draw_images(case_id: str, images: CaseImages) -> Picture:
+    """Draw what was read of a case; of a volume, the slice in which truth and prediction differ most."""
+    image, truth, prediction = images.image, images.truth, images.prediction
     pixels, truth_map, mask, aspect, slice_text = _plane(image, truth, prediction)
     window = _window((mask > 0) if truth_map is None else (mask > 0) | (truth_map > 0), aspect)
     cropped = (window[0].stop - window[0].start, window[1].stop - window[1].start) != mask.shape
@@ -79,15 +69,6 @@ def draw_case(folder: Path, case_id: str, case: PredictedCase, dataset: Predicte
     return Picture(svg, slice_text, cropped)
 
 
-def _class_indices(label: Volume, indices: dict[int, int]) -> Volume:
-    if all(value == index for value, index in indices.items()):
-        return label
-    result = np.zeros_like(label.array)
-    for value, index in indices.items():
-        result[label.array == value] = index
-    return label.with_array(result)
-
-
 def _plane(
     image: Volume, truth: Volume | None, prediction: Volume
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, float, str]:
@@ -107,7 +88,7 @@ def _plane(
         truth = _slice(truth, axis, index) if truth is not None else None
     spacing = image.spacing
     colour = image.array.shape[0] == 3 and image.array.dtype == np.uint8
-    pixels = np.moveaxis(image.array, 0, -1) if colour else _grey(image.array[0])
+    pixels = np.moveaxis(image.array, 0, -1) if colour else as_grey(image.array[0])
     truth_map = None if truth is None else truth.array[0]
     return pixels, truth_map, prediction.array[0], spacing[0] / spacing[1], slice_text
 
@@ -132,14 +113,6 @@ def _slice(volume: Volume, axis: int, index: int) -> Volume:
         array = array.squeeze(axis + 1)
         kept = [s for a, s in enumerate(spacing) if a != axis]
     return Volume(array, np.diag([*kept, 1.0]), volume.unit)
-
-
-def _grey(array: np.ndarray) -> np.ndarray:
-    low, high = np.percentile(array, (1, 99))
-    if high <= low:
-        low, high = float(array.min()), float(array.max())
-    scaled = (array.astype(np.float32) - low) / max(high - low, 1e-6)
-    return np.rint(scaled.clip(0, 1) * 255).astype(np.uint8)
 
 
 def _window(foreground: np.ndarray, aspect: float) -> tuple[slice, slice]:
