@@ -23,6 +23,7 @@ from anysite.errors import DataError, FileFormatError
 from anysite.evaluate import evaluate
 from anysite.manifest import manifest_path
 from anysite.metrics import METRICS
+from anysite.report.read import read_sources
 from anysite.rows import ROWS, SUMMARY, read_rows, summarise, write_rows
 
 SPACING = (0.5, 2.0, 3.0)
@@ -322,6 +323,33 @@ def test_undefined_values_never_count_in_means(values: list[tuple[str, float | N
     for mean in (summary["foreground_mean"], summary["mean"]["organ"], summary["by_domain"]["north"]):
         assert mean["dice"] == expected
     assert summary["undefined"]["dice"] == len(values) - len(defined)
+
+
+def test_what_rows_share_can_be_said_once(tmp_path: Path) -> None:
+    rows = [
+        {
+            "dataset": "d",
+            "method": m,
+            "seed": s,
+            "case": c,
+            "class": "x",
+            "metric": "dice",
+            "value": 0.5,
+            "labels": "all",
+        }
+        for m, s, c in (("a", 0, "1"), ("a", 0, "2"), ("b", 0, "1"), ("a", 0, "3"))
+    ]
+    rows.append(
+        {"dataset": "d", "metric": "dice", "value": None, "case": "4", "class": "x"}
+    )  # knows no method
+    write_rows(tmp_path / "flat.jsonl", rows)
+    write_rows(tmp_path / "short.jsonl", rows, shared=True)
+    assert read_rows(tmp_path / "short.jsonl") == read_rows(tmp_path / "flat.jsonl") == rows
+    lines = (tmp_path / "short.jsonl").read_text().splitlines()
+    assert [line.startswith('{"shared"') for line in lines] == [1, 0, 0, 1, 0, 1, 0, 1, 0]
+    read = [source.rows for source in read_sources([tmp_path / "short.jsonl", tmp_path / "flat.jsonl"])]
+    assert read[0] == read[1]
+    assert [row.method for row in read[0]] == ["a", "a", "b", "a", ""]
 
 
 def test_rows_survive_a_cut_last_line_and_no_other_damage(tmp_path: Path) -> None:

@@ -403,7 +403,7 @@ def test_sources_that_cannot_be_used_are_refused(tmp_path):
         write_report([tmp_path], tmp_path / "r.html")
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"metric": "dice", "value": 1}\n{"metric": "di')
-    with pytest.raises(FileFormatError, match=r"bad.jsonl:2.*JSON"):
+    with pytest.raises(FileFormatError, match=r"bad.jsonl: line 2 is not JSON"):
         write_report([bad], tmp_path / "r.html")
     bad.write_text('{"metric": "dice", "value": "high"}\n')
     with pytest.raises(FileFormatError, match="value"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,13 @@ ROWS, SUMMARY = "rows.jsonl", "summary.json"
 ALL_CLASSES = "all classes"  # what the rows of calibration and judgement are about
 
 Row = dict[str, Any]
+
+# What all rows of a run's images of one kind say alike, and the name of a line that says it for those below.
+OF_A_RUN = (
+    "dataset", "method", "adapt", "seed", "train_domains", "corruption", "severity", "corruption_version", "labels",
+    "commit", "config", "overrides", "job",
+)  # fmt: skip
+SHARED = "shared"
 
 
 def describe_verdict(verdict: Mapping[str, Any] | None) -> list[Score]:
@@ -97,9 +104,24 @@ def summarise(rows: Sequence[Row], failed: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as JSON lines, atomically."""
-    atomic.write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+def write_rows(path: Path, rows: Sequence[Row], *, shared: bool = False) -> None:
+    """Write rows as JSON lines, atomically.
+
+    Args:
+        shared: Say once, in a line of its own before them, what rows that follow each other have in common. Such
+            a file is a fraction as long; `read_rows` reads both kinds.
+    """
+    lines: list[Row] = []
+    common: Row = {}
+    for row in rows:
+        if shared:
+            own = {name: value for name, value in row.items() if name not in OF_A_RUN}
+            if (others := {name: row[name] for name in OF_A_RUN if name in row}) != common:
+                common = others
+                lines.append({SHARED: common})
+            row = own
+        lines.append(row)
+    atomic.write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -108,22 +130,38 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         FileFormatError: the file is missing, or another line is not a JSON object.
     """
+    return [row for _, row in number_rows(path)]
+
+
+def number_rows(path: Path, *, whole: bool = False) -> Iterator[tuple[int, Row]]:
+    """Yield every row of a file with the number of its line, together with what lines above say of it.
+
+    Args:
+        whole: Refuse a last line that was cut off as well.
+
+    Raises:
+        FileFormatError: as `read_rows`.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise FileFormatError(f"not readable ({error})", where=path, expected="rows as JSON lines") from None
-    rows: list[Row] = []
+    common: Row = {}
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            if number < len(lines):
+            if whole or number < len(lines):
                 raise FileFormatError(f"line {number} is not JSON", where=path) from None
             continue
         if not isinstance(row, dict):
             raise FileFormatError(f"line {number} is not a row", where=path, expected="a JSON object")
-        rows.append(row)
-    return rows
+        if row.keys() == {SHARED} and isinstance(row[SHARED], dict):
+            common = row[SHARED]
+        else:
+            yield number, common | row
 
 
 def _rounded(value: float | None) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from anysite import atomic
 from anysite.errors import DataError, FileFormatError
+from anysite.rows import SHARED, number_rows
 
 
 class Row(BaseModel):
@@ -238,30 +238,21 @@ def _read_verdicts(folder: Path) -> dict[str, PredictedVerdict]:
 
 def _holds_rows(path: Path) -> bool:
     with path.open(encoding="utf-8", errors="replace") as file:
-        return '"metric"' in file.readline()
+        first = file.readline()
+    return any(f'"{name}"' in first for name in ("metric", SHARED))
 
 
 def _read_rows(path: Path) -> tuple[Row, ...]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise FileFormatError(
-            "no such file", where=path, expected="a prediction folder or a .jsonl file"
-        ) from None
-    except ValueError as error:
-        raise FileFormatError(f"not text in UTF-8 ({error})", where=path) from None
+    if not path.is_file():
+        raise FileFormatError("no such file", where=path, expected="a prediction folder or a .jsonl file")
     rows: dict[tuple[object, ...], Row] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, content in number_rows(path, whole=True):
         try:
-            row = Row.model_validate(json.loads(line))
+            row = Row.model_validate(content)
         except ValidationError as error:
             raise FileFormatError(
                 _first(error), where=f"{path}:{number}", expected="a result row with metric and value"
             ) from None
-        except (ValueError, RecursionError) as error:
-            raise FileFormatError(f"not readable as JSON ({error})", where=f"{path}:{number}") from None
         rows[row.key] = row
     return tuple(rows.values())
 
