@@ -554,7 +554,7 @@ def test_prediction_keeps_both_masks_and_says_why(run: Run, phantom: Dataset, tm
     told = {row["case"]: row["value"] for row in rows if row["metric"] == "unadapted_dice"}
     assert set(told) == {case.id for case in cases}
     page = write_report([tmp_path / "always"], tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "Adapted at test time" in page
+    assert "Test-time adaptation" in page
     assert "after refseg" in page
     list(predict([run], cases, tmp_path / "auto", dataset=phantom, adapt="auto"))
     manifest = json.loads((tmp_path / "auto" / "predictions.json").read_text())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from anysite import compute
 
@@ -87,3 +89,44 @@ def test_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch)
     calls.clear()
     assert not compute.keep_freed_memory()
     assert not calls
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "groups"),
+    [
+        *(((2, 2, 2), 3, 1, 1), ((2, 4, 6), 3, 1, 1), ((2, 2, 2), 3, 1, 32), ((3, 4, 4), 5, 1, 1)),
+        *(
+            ((4, 1, 1), 3, 2, 1),
+            ((1, 1), 3, 2, 1),
+            ((2, 1), 3, 2, 1),
+            ((4, 4, 4), 3, 1, 1),
+            ((8, 8), 3, 2, 1),
+        ),
+    ],
+)
+def test_gradients_of_small_convolutions_in_bfloat16_are_those_of_float32(
+    size: tuple[int, ...], kernel: int, stride: int, groups: int
+) -> None:
+    """Memory is filled with NaN before each step, where a kernel that reads what nobody wrote will find it."""
+    build = nn.Conv2d if len(size) == 2 else nn.Conv3d
+    torch.manual_seed(0)
+    protected = nn.Sequential(build(32, 32, kernel, stride, padding=kernel // 2, groups=groups))
+    plain = copy.deepcopy(protected)
+    compute.protect_small_convolutions(protected)
+    image = torch.randn(4, 32, *size)
+    upstream = torch.randn_like(plain(image))
+    plain(image).backward(upstream)
+    expected = plain[0].weight.grad
+    assert isinstance(expected, torch.Tensor)
+    for _ in range(4):
+        filled = [torch.full((count,), torch.nan) for count in (10**3, 10**4, 10**5, 10**6)]
+        del filled
+        protected.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            result = protected(image)
+        result.backward(upstream.to(result.dtype))
+        found = protected[0].weight.grad
+        assert isinstance(found, torch.Tensor)
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
+    assert list(protected.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(protected(image), plain(image))

@@ -176,7 +176,7 @@ def test_what_was_drawn_is_there_to_look_at(
         assert picture.info["columns"].split(", ") == columns
         assert len(set(picture.tobytes())) > 20
     page = write_report([run.path], tmp_path / "report.html").read_text()
-    assert "Pretraining run" in page
+    assert "Pretraining" in page
     assert all(f"<span>{column}</span>" in page for column in columns)
     assert "effective rank" not in page  # measured once, which is no curve
     assert "learning rate" in page

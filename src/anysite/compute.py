@@ -7,6 +7,7 @@ import os
 import platform
 
 import torch
+from torch import Tensor, nn
 
 from anysite.errors import ConfigError
 
@@ -36,6 +37,45 @@ def choose_precision(setting: str, accelerator: str = "cpu") -> str:
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     capabilities = torch.cpu.get_capabilities()
     return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
+
+
+def protect_small_convolutions(module: nn.Module) -> None:
+    """Let every convolution compute in float32 where its input is smaller than its kernel along an axis.
+
+    There oneDNN, as of PyTorch 2.13, takes memory that nobody wrote for part of the weights' gradient in bfloat16:
+    a 3-D convolution of kernel 3 over two slices learns noise, and now and then from NaN. The bottleneck of many
+    networks is as small, and costs next to nothing.
+    """
+    for part in module.modules():
+        if type(part) in _PROTECTED:
+            part.__class__ = _PROTECTED[type(part)]
+
+
+class _Convolution2d(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        if not _is_small(input, self.kernel_size):
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+
+class _Convolution3d(nn.Conv3d):
+    def forward(self, input: Tensor) -> Tensor:
+        if not _is_small(input, self.kernel_size):
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+
+_PROTECTED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: _Convolution2d,
+    nn.Conv3d: _Convolution3d,
+}
+
+
+def _is_small(image: Tensor, kernel_size: tuple[int, ...]) -> bool:
+    axes = zip(image.shape[2:], kernel_size, strict=True)
+    return image.device.type == "cpu" and any(length < kernel for length, kernel in axes)
 
 
 def choose_accelerator(setting: str = "auto") -> str:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from anysite import registry
+from anysite import compute, registry
 from anysite.config import Config
 from anysite.diagnostics import compare_gradients, effective_rank
 from anysite.errors import ConfigError
@@ -78,7 +78,7 @@ def build_network(config: Config, plan: Plan) -> Network:
     Raises:
         ConfigError: an unknown network or setting, or a patch size the network cannot take.
     """
-    return registry.build(
+    network: Network = registry.build(
         "network",
         config.network.name,
         plan.network_channels,
@@ -86,6 +86,8 @@ def build_network(config: Config, plan: Plan) -> Network:
         plan.patch_size,
         **config.network.arguments,
     )
+    compute.protect_small_convolutions(network)
+    return network
 
 
 def build_learner(config: Config, plan: Plan, domains: tuple[str, ...]) -> Learner:
@@ -108,7 +110,9 @@ def build_learner(config: Config, plan: Plan, domains: tuple[str, ...]) -> Learn
         objective = registry.build("objective", name, **settings)
         objective.attach(network, plan, domains)
         objectives[name.replace(".", "_")] = objective
-    return Learner(network, objectives)
+    learner = Learner(network, objectives)
+    compute.protect_small_convolutions(learner)
+    return learner
 
 
 def needs_labels(config: Config) -> bool:
