@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from anysite import benchmark as benchmarking
+from anysite import registry
 from anysite.benchmark import Job, JobOutcome, benchmark, list_jobs, run_job, unfinished
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
@@ -413,3 +414,27 @@ def test_a_job_without_a_case_to_score_says_so(jobs: list[Job]) -> None:
 
 def scores(outcome: JobOutcome) -> list[tuple]:
     return [(r["case"], r["class"], r["value"]) for r in outcome.rows if r["split"] != "run"]
+
+
+def test_classes_outside_anysite_are_trusted_by_the_processes_of_jobs_too(
+    phantom: Dataset, phantom_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "outside.py").write_text(
+        "from anysite.adapters.tent import Tent\n"
+        "from anysite.objectives.supervised import Supervised\n\n"
+        "class Mine(Supervised):\n    pass\n\n\nclass Change(Tent):\n    pass\n"
+    )
+    (tmp_path / "mine.toml").write_text('[network]\nname = "unet"\n\n[objectives."outside:Mine"]\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_plugins", set())
+    methods, adapters = [str(tmp_path / "mine.toml")], ["outside:Change:always"]
+    arguments = (phantom, phantom_folder, methods, [0], "leave-one-out", TINY)
+    with pytest.raises(ConfigError, match="--plugin outside:"):
+        list_jobs(*arguments, test_domains=["west"], adapt=adapters)
+    registry.trust("outside:Mine")
+    registry.trust("outside:Change")
+    (job,) = list_jobs(*arguments, test_domains=["west"], adapt=adapters)
+    (outcome,) = benchmark([job], tmp_path / "rows.jsonl", parallel=1)
+    assert not outcome.error
+    assert {row["adapt"] for row in outcome.rows} == {"none", "outside:Change:always"}
+    assert {row["value"] for row in outcome.rows if row["metric"] == "adapted"} <= {0.0, 1.0}

@@ -192,9 +192,15 @@ def _run_apart(waiting: Sequence[Job], parallel: int, keep_runs: Path | None) ->
 def _run_job_apart(job: Job, threads: int, keep_runs: Path | None, workers: Workers) -> JobOutcome:
     """Run one job in a process of its own, whose end by whatever cause ends no other job."""
     try:
-        return workers.run(run_job, job, threads, keep_runs)
+        return workers.run(_run_trusting, registry.list_trusted(), job, threads, keep_runs)
     except WorkerError as error:
         return JobOutcome(job, [], str(error))
+
+
+def _run_trusting(plugins: Sequence[str], job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
+    for plugin in plugins:
+        registry.trust(plugin)
+    return run_job(job, threads, keep_runs)
 
 
 def unfinished(jobs: Sequence[Job], output: Path) -> list[Job]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from anysite import registry
 from anysite.errors import ConfigError
 from anysite.settings import (
     AugmentSettings,
@@ -48,11 +49,12 @@ class Config(Settings):
 
 def choose_adapter(settings: PredictSettings, name: str) -> PredictSettings:
     """Return settings with an adapter by name; with ":always" behind it, for every image and without checks."""
-    method, _, how = name.partition(":")
-    if how not in ("", "always"):
-        raise ConfigError(f"{name!r}", where="adapt", expected=f"{method} or {method}:always")
+    method = name.removesuffix(":always")
+    known, _, how = method.partition(":")
+    if how and known in registry.ADAPTERS:  # a name with a colon is otherwise that of a class outside anysite
+        raise ConfigError(f"{name!r}", where="adapt", expected=f"{known} or {known}:always")
     changes: dict[str, Any] = {"method": method}
-    if how:
+    if method != name:
         changes |= {"only_shifted": False, "guard": False}
     return settings.model_copy(update={"adapt": settings.adapt.model_copy(update=changes)})
 

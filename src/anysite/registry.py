@@ -78,6 +78,11 @@ def trust(target: str) -> None:
     _plugins.add(target)
 
 
+def list_trusted() -> tuple[str, ...]:
+    """Return the out-of-tree classes that this process may import, for another process to trust."""
+    return tuple(sorted(_plugins))
+
+
 def find(kind: str, name: str) -> type:
     """Import and return the class registered as `name`, or the trusted plug-in `module:Class`.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from anysite.commands import AsJson, DatasetPath, Overrides, parse_duration
+from anysite.commands import AsJson, DatasetPath, Overrides, Plugins, parse_duration, trust
 from anysite.errors import BatchError, ConfigError
 
 
@@ -102,8 +102,10 @@ def benchmark(
         int, typer.Option(help="jobs at once, sharing the cores; 0: in this process, one by one")
     ] = 1,
     keep_runs: Annotated[Path | None, typer.Option(help="keep run folders and masks here")] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Train and score methods over sites and seeds; one row a case, class and metric."""
+    trust(plugin)
     from anysite import benchmark as benchmarking
     from anysite import console
     from anysite.data.layouts import open_dataset
