@@ -102,7 +102,8 @@ def comparison_tables(entries: dict[str, dict[str, str]]) -> list[str]:
         counts = sorted({row.labels for row in rows}, key=lambda count: (not count.isdigit(), count.zfill(9)))
         for count in counts:
             methods = split_by_method([row for row in rows if row.labels == count])
-            learned = f", {count} labelled patients" if len(counts) > 1 else ""
+            patients = "patient" if count == "1" else "patients"
+            learned = f", {count} labelled {patients}" if len(counts) > 1 else ""
             lines += [f"**{entry['title']}{learned}**", "", *COMPARISON_HEADER]
             baseline = entry.get("baseline", "baseline")
             lines += [_describe_method(summary) for summary in summarise_methods(methods, baseline)]
