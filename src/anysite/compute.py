@@ -51,31 +51,29 @@ def protect_small_convolutions(module: nn.Module) -> None:
             part.__class__ = _PROTECTED[type(part)]
 
 
-class _Convolution2d(nn.Conv2d):
+class _Protected(nn.Module):
+    kernel_size: tuple[int, ...]
+
     def forward(self, input: Tensor) -> Tensor:
-        if not _is_small(input, self.kernel_size):
+        small = any(length < kernel for length, kernel in zip(input.shape[2:], self.kernel_size, strict=True))
+        if not small or input.device.type != "cpu":
             return super().forward(input)
-        with torch.autocast(input.device.type, enabled=False):
+        with torch.autocast("cpu", enabled=False):
             return super().forward(input.float())
 
 
-class _Convolution3d(nn.Conv3d):
-    def forward(self, input: Tensor) -> Tensor:
-        if not _is_small(input, self.kernel_size):
-            return super().forward(input)
-        with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.float())
+class _Convolution2d(_Protected, nn.Conv2d):
+    pass
+
+
+class _Convolution3d(_Protected, nn.Conv3d):
+    pass
 
 
 _PROTECTED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: _Convolution2d,
     nn.Conv3d: _Convolution3d,
 }
-
-
-def _is_small(image: Tensor, kernel_size: tuple[int, ...]) -> bool:
-    axes = zip(image.shape[2:], kernel_size, strict=True)
-    return image.device.type == "cpu" and any(length < kernel for length, kernel in axes)
 
 
 def choose_accelerator(setting: str = "auto") -> str:
