@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from anysite.rows import Row, read_rows, write_rows
+from anysite.rows import OF_A_RUN, Row, read_rows, write_rows
 
 
 def main() -> None:
@@ -26,7 +26,11 @@ def main() -> None:
                 sorted((k, str(v)) for k, v in row.items() if k not in ("value", "unit", "commit", "config"))
             )
             found[key] = row
-    write_rows(arguments.to, list(found.values()), shared=True)
+    # Images of one corruption lie together, so that what they share is said once a training and not once a case.
+    groups: dict[str, list[Row]] = {}
+    for row in found.values():
+        groups.setdefault(str([row.get(name) for name in OF_A_RUN]), []).append(row)
+    write_rows(arguments.to, [row for group in groups.values() for row in group], shared=True)
     print(f"{len(found)} rows in {arguments.to}, {arguments.to.stat().st_size / 2**20:.1f} MiB")
 
 
