@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
@@ -321,7 +322,10 @@ def test_refseg_keeps_the_first_mask_unless_likeness_rises_enough(run: Run, imag
     with torch.no_grad():
         assert torch.equal(adapter.predict(windows), before)
     assert isinstance(adapter, RefSeg)
-    assert adapter.draw(windows).shape == (3, 1, 32, 32)
+    assert {name: tuple(image.shape) for name, image in adapter.draw(windows).items()} == {
+        "image": (3, 1, 32, 32),
+        "drawn": (3, 1, 32, 32),
+    }
 
 
 def test_nothing_found_is_nothing_to_adapt_by(run: Run, image: Volume) -> None:
@@ -556,6 +560,23 @@ def test_prediction_keeps_both_masks_and_says_why(run: Run, phantom: Dataset, tm
     page = write_report([tmp_path / "always"], tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Test-time adaptation" in page
     assert "after refseg" in page
+    drawn = [manifest["cases"][case.id]["drawings"] for case in cases]
+    for name in drawn:
+        assert name in manifest["files"]
+        with Image.open(tmp_path / "always" / name) as picture:
+            assert picture.info["columns"] == "image, drawn before, drawn after"
+            height, width = run.plan.patch_size
+            assert picture.size == (3 * width, height)
+            before, after = (np.asarray(picture)[:, k * width : (k + 1) * width] for k in (1, 2))
+            assert not np.array_equal(before, after)
+    assert page.count("what the synthesiser draws from its mask alone") == min(8, len(cases))
+    for name in drawn:
+        (tmp_path / "always" / name).write_bytes(b"no picture")
+    page = write_report([tmp_path / "always"], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "what the synthesiser draws from its mask alone" not in page
+    list(predict([changed], cases, tmp_path / "plain", dataset=phantom, adapt="refseg:always"))
+    list(predict([run], cases, tmp_path / "plain", dataset=phantom, adapt="none"))
+    assert not list((tmp_path / "plain").glob("*/*.png"))
     list(predict([run], cases, tmp_path / "auto", dataset=phantom, adapt="auto"))
     manifest = json.loads((tmp_path / "auto" / "predictions.json").read_text())
     reasons = {entry["adaptation"][0]["reason"] for entry in manifest["cases"].values()}

@@ -29,7 +29,7 @@ LAYERS = [
     {"learner", "detectors", "adapters"},
     {"judge", "rows"},
     {"guard"},
-    {"runs", "scalars", "maps"},
+    {"runs", "scalars", "maps", "previews"},
     {"segment", "splits", "validation", "manifest", "transfer"},
     {"calibrate", "references"},
     {"loop"},

@@ -36,6 +36,7 @@ from anysite.experiment import Job
 from anysite.manifest import Manifest
 from anysite.patches import PreparedCases
 from anysite.planning import learn_plan
+from anysite.previews import write_preview
 from anysite.report import write_report
 from anysite.rows import read_rows, write_rows
 from anysite.scalars import ScalarWriter
@@ -181,9 +182,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "checkpoint.safetensors": lambda path: runs.save_tensors(path, {"x": torch.ones(100_000)}),
     "splits.json": lambda path: atomic.write_json(path, MANY),
     "log.jsonl": lambda path: atomic.write_text(path, "x" * 200_000),
-    "preview_x.png": lambda path: runs.write_preview(
-        path.parent, "x", ["a"], RANDOM.integers(0, 255, (1, 1, 200, 200, 3)).astype(np.uint8)
-    ),
+    "preview_x.png": lambda path: write_preview(path, {"a": 2 * torch.rand(1, 3, 200, 200) - 1}, True),
     "mask.nii.gz": lambda path: files.write_label(LABEL, path),
     "mask.nii": lambda path: files.write_label(LABEL, path),
     "mask.png": lambda path: files.write_label(PICTURE, path),

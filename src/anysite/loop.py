@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
@@ -28,6 +27,7 @@ from anysite.networks import encoder_tensors
 from anysite.objectives import Step
 from anysite.patches import Batch, PatchSampler
 from anysite.plan import Plan
+from anysite.previews import write_preview
 from anysite.scalars import ScalarWriter
 from anysite.settings import TrainSettings
 from anysite.validation import prepare_validation, validate
@@ -281,21 +281,11 @@ class Training:
         for name, images in shown.items():
             if images:
                 colour = self.plan.network_channels == self.plan.channels == 3
-                array = np.stack([_as_pictures(image[:PREVIEWED], colour) for image in images.values()], 1)
-                runs.write_preview(self.output, name, list(images), array)
+                few = {column: image[:PREVIEWED] for column, image in images.items()}
+                write_preview(self.output / f"preview_{name}.png", few, colour)
 
     def _curves(self) -> AbstractContextManager[ScalarWriter | None]:
         return ScalarWriter(self.output / "tensorboard", self.step + 1) if self._leads() else nullcontext()
-
-
-def _as_pictures(image: Tensor, colour: bool) -> np.ndarray:
-    """Return `(b, h, w, 3)` in 8 bits: the middle slice, its colours or its middle channel."""
-    image = image.float().cpu()
-    if image.ndim == 5:
-        image = image[:, :, image.shape[2] // 2]
-    middle = image.shape[1] // 2
-    colours = image if colour else image[:, [middle] * 3]
-    return ((colours.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(1, -1).numpy()
 
 
 def group_parameters(learner: Learner, encoder_factor: float) -> list[dict[str, Any]]:

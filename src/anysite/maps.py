@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float
@@ -59,6 +59,8 @@ class Prediction:
         verdict: What to do with the label; none where no run has a judge.
         adaptations: What became of adapting each run's network to the image; empty where none was asked for.
         unadapted: The label without adaptation, where that differs.
+        drawings: An image's part, and what is drawn from its mask before and after adapting, `(1, C, *P)` from -1 to
+            1, by what they show; empty where the method draws nothing.
     """
 
     label: Volume
@@ -68,6 +70,7 @@ class Prediction:
     verdict: Verdict | None
     adaptations: tuple[Adaptation, ...] = ()
     unadapted: Volume | None = None
+    drawings: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def raw(self) -> Volume:

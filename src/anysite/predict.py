@@ -20,6 +20,7 @@ from anysite.manifest import (
     Manifest,
     describe_case,
     describe_dataset,
+    drawings_name,
     image_digests,
     manifest_path,
     mask_name,
@@ -29,6 +30,7 @@ from anysite.manifest import (
 )
 from anysite.maps import Prediction
 from anysite.plan import Plan
+from anysite.previews import write_preview
 from anysite.runs import Run
 from anysite.segment import Segmenter
 from anysite.settings import MaskFormat, PredictSettings
@@ -217,7 +219,7 @@ def _attempt_case(
         mask = manifest.output / mask_name(case, segmenter.settings.format)
         entry |= {"status": "failed", "error": _without_folders(error, case, mask)}
         # Files of an earlier call would pass for this one's.
-        manifest.remove_files([probabilities_name(case), *_masks_of(case)])
+        manifest.remove_files([probabilities_name(case), drawings_name(case), *_masks_of(case)])
     seconds = time.monotonic() - began
     manifest.cases[case.id] = entry | {"seconds": round(seconds, 3)}
     manifest.write()
@@ -247,12 +249,21 @@ def _predict_case(
         manifest.add_file(unadapted)
     else:
         manifest.remove_files([unadapted])
+    drawings = drawings_name(case)
+    if prediction.drawings:
+        plan = segmenter.plan
+        colour = plan.network_channels == plan.channels == 3
+        write_preview(manifest.output / drawings, prediction.drawings, colour)
+        manifest.add_file(drawings)
+    else:
+        manifest.remove_files([drawings])
     adaptation = [asdict(one) for one in prediction.adaptations]
     verdict = asdict(prediction.verdict) if prediction.verdict else None
     images = image_digests(case)
     return {
         "verdict": verdict,
         **({"adaptation": adaptation} if adaptation else {}),
+        **({"drawings": drawings} if prediction.drawings else {}),
         "status": "done",
         "mask": mask,
         "sha256": digest,
@@ -284,7 +295,7 @@ def _write_mask(
 
 def _outputs_of(case: Case, probabilities: bool, settings: PredictSettings) -> list[str]:
     mask = mask_name(case, settings.format)
-    adapted = [unadapted_name(mask)] if settings.adapt.method != "none" else []
+    adapted = [unadapted_name(mask), drawings_name(case)] if settings.adapt.method != "none" else []
     return [mask, *([probabilities_name(case)] if probabilities else []), *adapted]
 
 

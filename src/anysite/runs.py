@@ -7,18 +7,15 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -285,16 +282,6 @@ def take_reflection(path: Path, learned: Path) -> None:
     save_tensors(path / REFLECTION, tensors, settings)
     files[REFLECTION] = atomic.sha256(path / REFLECTION)
     atomic.write_json(path / MANIFEST, manifest | {"files": files})
-
-
-def write_preview(path: Path, name: str, columns: Sequence[str], pictures: np.ndarray) -> None:
-    """Write pictures `(rows, columns, h, w, 3)` as one PNG that names its columns in its text."""
-    rows, count, height, width, _ = pictures.shape
-    whole = pictures.transpose(0, 2, 1, 3, 4).reshape(rows * height, count * width, 3)
-    text = PngInfo()
-    text.add_text("columns", ", ".join(columns))
-    with atomic.replacing(path / f"preview_{name}.png") as temporary:
-        Image.fromarray(whole).save(temporary, format="PNG", pnginfo=text)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:

@@ -104,6 +104,7 @@ class Segmenter:
         """
         verdicts: list[Verdict] = []
         adaptations: list[Adaptation] = []
+        drawings: dict[str, Tensor] = {}
         first: list[tuple[Plan, Tensor]] = []
         last: list[tuple[Plan, Tensor]] = []
         for member, judge, adapter in zip(self.members, self.judges, self.adapters, strict=True):
@@ -117,8 +118,9 @@ class Segmenter:
             if adapter is None and self.settings.adapt.method != "none":
                 adaptations.append(Adaptation(self.settings.adapt.method, False, NOT_LEARNED))
             if adapter is not None:
-                adaptation, after = self._adapt(grid, member, adapter, before, verdict, judge)
+                adaptation, after, drawn = self._adapt(grid, member, adapter, before, verdict, judge)
                 adaptations.append(adaptation)
+                drawings = drawings or drawn
             first.append((member.plan, torch.from_numpy(before.probabilities)))
             last.append((member.plan, torch.from_numpy(after.probabilities)))
         native = image.without_voxels()
@@ -132,7 +134,9 @@ class Segmenter:
             empty, least_dice = not label.array.any(), self.settings.least_dice
             verdict = average_verdicts(verdicts, self.reasons, empty, least_dice, agreement)
         overlapping = bool(self.plan.regions)
-        return Prediction(label, maps, self.temperature, overlapping, verdict, tuple(adaptations), unadapted)
+        return Prediction(
+            label, maps, self.temperature, overlapping, verdict, tuple(adaptations), unadapted, drawings
+        )
 
     def observe(self, image: Volume, flips: bool | None = None) -> Output:
         """Return what an image makes of the first run's network, on its plan's grid.
@@ -182,36 +186,39 @@ class Segmenter:
     def _adapt(
         self, grid: Float[Tensor, "c *s"], member: _Member, adapter: Adapter, before: Output,
         verdict: Verdict | None, judge: Judge | None,
-    ) -> tuple[Adaptation, Output]:  # fmt: skip
-        """Return what became of adapting to an image, and the output to go on with."""
+    ) -> tuple[Adaptation, Output, dict[str, Tensor]]:  # fmt: skip
+        """Return what became of adapting to an image, the output to go on with, and drawings where it is new."""
         settings = self.settings.adapt
         of_shift = set() if judge is None else judge.shift_scores
         reason = find_reason_against(settings, verdict, of_shift)
         if reason:
-            return Adaptation(adapter.name, False, reason), before
+            return Adaptation(adapter.name, False, reason), before, {}
         windows = choose_windows(grid, before, member.plan, self.settings.overlap, settings.windows)
         if windows is None:
-            return Adaptation(adapter.name, False, NOTHING_FOUND), before
-        layout = member.network.memory_format
+            return Adaptation(adapter.name, False, NOTHING_FOUND), before, {}
+        windows = windows.to(self.device).contiguous(memory_format=member.network.memory_format)
+        shown = windows[len(windows) // 2][None]
         try:
             # Not the state of the process: the same image gives the same mask whatever came before it.
             with torch.random.fork_rng(devices=[]), self._autocast():
                 torch.default_generator.manual_seed(0)
-                observed = adapter.adapt(windows.to(self.device).contiguous(memory_format=layout))
+                drawn = [adapter.draw(shown)]
+                observed = adapter.adapt(windows)
+                drawn.append(adapter.draw(shown))
             facts = {name: value for name, value in observed.items() if math.isfinite(value)}
             if not facts.get("kept"):
-                return Adaptation(adapter.name, False, NO_BETTER, facts), before
+                return Adaptation(adapter.name, False, NO_BETTER, facts), before, {}
             adapted = _Member(member.network, member.plan, member.config, adapter.predict)
             after = self._predict(grid, adapted, watch=before.agreement is not None)
         except (RuntimeError, MemoryError) as error:  # the mask before is there already
             reason = f"it could not be computed ({describe_error(error)})"
-            return Adaptation(adapter.name, False, reason), before
+            return Adaptation(adapter.name, False, reason), before, {}
         finally:
             adapter.reset()
         fault, changed = find_fault(settings, before, after)
         if fault:
-            return Adaptation(adapter.name, False, fault, facts, changed), before
-        return Adaptation(adapter.name, True, "", facts, changed), after
+            return Adaptation(adapter.name, False, fault, facts, changed), before, {}
+        return Adaptation(adapter.name, True, "", facts, changed), after, _before_and_after(*drawn)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
@@ -268,6 +275,14 @@ class Segmenter:
                 image.to(self.device), predict, plan, self.settings.overlap, self.settings.batch_size
             )
         return Output(image.cpu().numpy(), probabilities.cpu().numpy(), bool(plan.regions), layers, agreement)
+
+
+def _before_and_after(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return drawings of both, those that are the same once."""
+    shown = {name: drawing for name, drawing in before.items() if torch.equal(drawing, after[name])}
+    for name in before.keys() - shown.keys():
+        shown |= {f"{name} before": before[name], f"{name} after": after[name]}
+    return shown
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,6 +57,10 @@ class Adapter(ABC):
         """Return the logits of any windows of that image."""
         return self.network(windows)
 
+    def draw(self, windows: Float[Tensor, "b c *p"]) -> dict[str, Float[Tensor, "b _ *p"]]:
+        """Return what the method makes visible of windows, by name, from -1 to 1; nothing by default."""
+        return {}
+
     def reset(self) -> None:
         """Make the copy bit by bit what it was."""
         self.network.load_state_dict(self._original)

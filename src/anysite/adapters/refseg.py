@@ -102,11 +102,12 @@ class RefSeg(Adapter):
             "kept": float(kept),
         }
 
-    def draw(self, windows: Float[Tensor, "b c *p"]) -> Float[Tensor, "b c *p"]:
-        """Return what the synthesiser draws from the masks of windows."""
+    def draw(self, windows: Float[Tensor, "b c *p"]) -> dict[str, Float[Tensor, "b _ *p"]]:
+        """Return the `image`, and what the synthesiser has `drawn` from its mask."""
         assert self.reflection is not None
         with torch.no_grad():
-            return self.reflection.synthesiser(self.probabilities(self.network(windows)))
+            drawn = self.reflection.synthesiser(self.probabilities(self.network(windows)))
+        return {"image": self.reflection.target(windows), "drawn": drawn}
 
     def _similarity(
         self, chances: Tensor, target: Tensor, region: Bool[Tensor, "b 1 *p"]

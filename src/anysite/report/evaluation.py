@@ -18,6 +18,7 @@ from anysite.report.gallery import Gallery
 from anysite.report.judging import FAILED
 from anysite.report.methods import split_by_method
 from anysite.report.pictures import Picture
+from anysite.report.previews import Preview
 from anysite.report.read import PredictedCase, PredictedVerdict, Predictions, Row, Source
 from anysite.report.summary import (
     CaseScore,
@@ -51,12 +52,20 @@ class Shown:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A case whose mask is that of an adapted network, before and after; `change` of Dice where there is a truth."""
+    """A case whose mask is that of an adapted network, before and after.
+
+    Attributes:
+        drawings: What is drawn from its mask before and after, where the method draws anything.
+        facts: What the method observed.
+        change: Of Dice, where there is a truth.
+    """
 
     before: Shown
     after: Shown
     method: str
     changed_share: float
+    drawings: Preview | None
+    facts: dict[str, float]
     dice_before: float | None
     change: float | None
 
@@ -210,6 +219,8 @@ def _adapted(rows: Sequence[Row], gallery: Gallery, scores: Sequence[CaseScore])
             Shown(name, case.domain, case.split, gallery.draw(name), score),
             adaptation.method,
             adaptation.changed_share or 0.0,
+            gallery.read_drawings(case),
+            adaptation.facts,
             old,
             change,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from anysite.report.images import read_images
 from anysite.report.pictures import Picture, draw_case, draw_images
+from anysite.report.previews import Preview, read_preview
 from anysite.report.read import PredictedCase, Predictions, Source
 from anysite.report.volumes import SmallVolume, embed
 
@@ -33,6 +34,10 @@ class Gallery:
     def draw_other(self, case_id: str, case: PredictedCase) -> Picture:
         """Return the picture of a case with another mask than the one that counts."""
         return draw_case(self._folder, case_id, case, self.predictions.dataset)
+
+    def read_drawings(self, case: PredictedCase) -> Preview | None:
+        """Return what was drawn from a case's masks before and after adaptation, where anything was."""
+        return read_preview(self._folder / case.drawings) if case.drawings else None
 
     def _draw(self, case_id: str) -> Picture:
         images = read_images(self._folder, self.predictions.cases[case_id], self.predictions.dataset)

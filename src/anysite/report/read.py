@@ -96,6 +96,7 @@ class PredictedAdaptation(BaseModel):
     kept: bool = False
     reason: str = ""
     changed_share: float | None = None
+    facts: dict[str, float] = {}
 
 
 class PredictedCase(BaseModel):
@@ -114,6 +115,7 @@ class PredictedCase(BaseModel):
     error: str | None = None
     verdict: PredictedVerdict | None = None
     adaptation: list[PredictedAdaptation] = []
+    drawings: str | None = None
 
 
 class PredictedDataset(BaseModel):

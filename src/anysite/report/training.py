@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from anysite import atomic
 from anysite.errors import FileFormatError
 from anysite.report.charts import trace_plot
+from anysite.report.previews import Preview, read_preview
 
 MANIFEST, LOG = "run.json", "log.jsonl"
 FIRST = ("total", "dice", "supervised")
@@ -36,22 +35,13 @@ class RunFacts(BaseModel):
 
 
 @dataclass(frozen=True)
-class Preview:
-    """Pictures that an objective left, with the names of their columns, as a data address."""
-
-    name: str
-    columns: tuple[str, ...]
-    address: Markup
-
-
-@dataclass(frozen=True)
 class Training:
     """One run folder."""
 
     name: str
     facts: RunFacts
     traces: tuple[tuple[str, Markup], ...]
-    previews: tuple[Preview, ...]
+    previews: tuple[tuple[str, Preview], ...]
 
 
 def read_training(path: Path) -> Training:
@@ -88,11 +78,6 @@ def _traces(path: Path) -> list[tuple[str, Markup]]:
     ]
 
 
-def _previews(path: Path) -> list[Preview]:
-    previews = []
-    for file in sorted(path.glob("preview_*.png")):
-        with Image.open(file) as picture:
-            columns = tuple(picture.info.get("columns", "").split(", "))
-        address = f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
-        previews.append(Preview(file.stem.removeprefix("preview_"), columns, Markup.escape(address)))
-    return previews
+def _previews(path: Path) -> list[tuple[str, Preview]]:
+    files = {file.stem.removeprefix("preview_"): file for file in sorted(path.glob("preview_*.png"))}
+    return [(name, shown) for name, file in files.items() if (shown := read_preview(file)) is not None]
