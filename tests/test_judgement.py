@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from anysite import judgement, quality
+from anysite import console, judgement, quality
 from anysite.errors import ConfigError, DataError
 from anysite.verdicts import PASSED_OVER, REFERRED, refer
 
@@ -155,3 +156,13 @@ def test_referral_is_of_the_stated_share_the_worst_first() -> None:
     assert refer(unknown, 0.34)["odd"]["verdict"] == "review"
     with pytest.raises(ConfigError, match="--referral: 2; expected 0 to 1"):
         refer(judged, 2)
+
+
+def test_masks_accepted_for_want_of_room_are_counted_aloud(capsys: pytest.CaptureFixture[str]) -> None:
+    judged = verdicts("reject", "review", "accept", "accept", "review")
+    for share, said in ((0.4, "of those accepted, 1 would be"), (0.2, "of those accepted, 2 would be")):
+        console.show_verdicts(refer(judged, share), len(judged), Path("masks"))
+        assert said in capsys.readouterr().out
+    for enough in (judged, refer(judged, 1)):
+        console.show_verdicts(enough, len(judged), Path("masks"))
+        assert "would be" not in capsys.readouterr().out

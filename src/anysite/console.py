@@ -178,8 +178,11 @@ def case_bar(total: int, verb: str) -> Iterator[Any]:
         yield advance
 
 
-def show_verdicts(judged: Mapping[str, str], cases: int, folder: Path) -> None:
-    """Print how many masks may be used, and which may not, from the decision on every case."""
+def show_verdicts(verdicts: Mapping[str, Mapping[str, Any]], cases: int, folder: Path) -> None:
+    """Print how many masks may be used, and which may not, from the verdict on every case."""
+    from anysite.verdicts import is_passed_over
+
+    judged = {case: verdict["verdict"] for case, verdict in verdicts.items()}
     if not judged:
         if cases:
             say("no verdicts: the run has no judge")
@@ -194,6 +197,8 @@ def show_verdicts(judged: Mapping[str, str], cases: int, folder: Path) -> None:
         if named:
             more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
             say(f"  {decision}: {', '.join(named[:NAMED])}{more}")
+    if passed_over := sum(map(is_passed_over, verdicts.values())):
+        say(f"  of those accepted, {passed_over} would be reviewed without --referral")
 
 
 def show_evaluation(evaluation: Evaluation) -> None:

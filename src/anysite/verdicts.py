@@ -110,6 +110,11 @@ def refer(cases: Verdicts, share: float) -> Verdicts:
     return result
 
 
+def is_passed_over(verdict: Mapping[str, Any]) -> bool:
+    """Tell whether a verdict accepts a mask only because others are referred before it."""
+    return verdict["verdict"] == "accept" and PASSED_OVER in verdict["reasons"]
+
+
 def _as_table(cases: Verdicts) -> str:
     text = io.StringIO()
     names = list(dict.fromkeys(name for verdict in cases.values() for name in verdict["scores"]))

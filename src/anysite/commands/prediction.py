@@ -107,14 +107,14 @@ def predict(
         f"{count['failed']} cases failed"
     )
     verdicts = read_verdicts(output)
-    judged = {case.id: verdicts[case.id]["verdict"] for case in share if case.id in verdicts}
+    judged = {case.id: verdicts[case.id] for case in share if case.id in verdicts}
     console.show_verdicts(judged, len(share), output)
     if count["failed"]:
         raise BatchError(
             f"{count['failed']} of {len(share)} cases failed",
             fix=f"the reasons are above and in {prediction.manifest_path(output, part)}",
         )
-    if rejected := list(judged.values()).count("reject"):
+    if rejected := sum(verdict["verdict"] == "reject" for verdict in judged.values()):
         raise RejectedMasks(
             f"{rejected} of {len(share)} masks were rejected",
             fix=f"the reasons are in {output / VERDICTS}; all masks are written",
@@ -171,7 +171,7 @@ def judge(
     if json:
         console.as_json({"cases": verdicts, "failed": failed})
     else:
-        console.show_verdicts({case: v["verdict"] for case, v in verdicts.items()}, cases, folder)
+        console.show_verdicts(verdicts, cases, folder)
     for case, error in failed.items():
         console.complain(DataError(f"not judged: {error}", where=case))
     if failed:
