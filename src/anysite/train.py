@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ import torch
 from lightning_fabric import Fabric
 
 from anysite import compute, registry, runs
-from anysite.calibrate import calibrate
-from anysite.config import Config, choose_adapter, differing_settings
+from anysite.assess import assess
+from anysite.config import Config, differing_settings
 from anysite.data.case import Dataset
 from anysite.data.check import require_sound
-from anysite.errors import ConfigError, RunError, describe_error
+from anysite.errors import ConfigError, RunError
 from anysite.judge import Judge
 from anysite.learner import build_learner, needs_labels
 from anysite.loop import Progress, Training
@@ -29,11 +28,9 @@ from anysite.networks import Network, encoder_tensors
 from anysite.patches import PatchSampler, PreparedCases
 from anysite.plan import Plan
 from anysite.planning import learn_plan
-from anysite.references import learn_references
-from anysite.segment import Segmenter
 from anysite.settings import PretrainSettings
 from anysite.splits import Splits, split
-from anysite.transfer import transfer
+from anysite.transfer import locate_start, open_start, require_unseen, transfer
 
 
 def train(
@@ -65,7 +62,7 @@ def train(
         TrainingError: a loss or gradient that is not finite.
         InterruptedTraining: SIGTERM or SIGINT arrived; a checkpoint was saved.
     """
-    config = _locate_start(config, Path(output))
+    config = locate_start(config, Path(output))
     job = _Job(
         dataset, config, Path(output), budget_s, resume, time.monotonic(), on_progress, facts or {}, plan
     )
@@ -102,20 +99,6 @@ class _Job:
     def warn(self, note: str) -> None:
         """Tell the user something that does not stop the training."""
         self.on_progress(Progress(0, 0, math.nan, None, math.nan, note))
-
-
-def _locate_start(config: Config, output: Path) -> Config:
-    """Name the run to start from as seen from the run folder: the folders above both may be named after people."""
-    if config.pretrained is None:
-        return config
-    start = str(Path(config.pretrained).resolve())
-    with suppress(ValueError):  # another drive on Windows
-        start = os.path.relpath(start, output.resolve())
-    return config.model_copy(update={"pretrained": start})
-
-
-def _run_to_start_from(pretrained: str, output: Path) -> Path:
-    return (output.resolve() / pretrained).resolve()
 
 
 def _is_finished(job: _Job) -> bool:
@@ -196,7 +179,7 @@ def _fit(fabric: Fabric, job: _Job) -> None:
     trained = time.monotonic()
     if fabric.is_global_zero:
         training.save()  # what follows takes a while, and an end of it must not cost the training
-        calibration, judge = _learn_to_judge(training)
+        calibration, judge = assess(training)
         now = time.monotonic()
         facts = {
             "steps": training.steps,
@@ -209,44 +192,6 @@ def _fit(fabric: Fabric, job: _Job) -> None:
         reflection = dict(training.learner.named_objectives()).get("reflection")
         runs.finish(job.output, training.learner.network, calibration, judge, reflection, **facts)
     fabric.barrier()
-
-
-def _learn_to_judge(training: Training) -> tuple[dict[str, Any] | None, Judge | None]:
-    """Return the calibration and the judge, as far as they are wanted and there are source cases for them."""
-    if training.held_out.unlabelled:
-        return None, None
-    try:
-        calibration, judge, failed = _observe_source_cases(training)
-    except Exception as error:  # noqa: BLE001 - the network is trained, whatever else cannot be learned of it
-        training.warn(f"no calibration and no verdicts: {describe_error(error)}")
-        return None, None
-    for case, error in failed.items():
-        training.warn(f"{case} is left out of calibration and judge: {error}")
-    return calibration, judge
-
-
-def _observe_source_cases(training: Training) -> tuple[dict[str, Any] | None, Judge | None, dict[str, str]]:
-    config, held_out = training.config, training.held_out
-    path, network = training.output, training.learner.network
-    run = runs.Run(path, config, training.plan, runs.read_splits(path), {})
-    # A copy, because predicting by batch statistics would change the network.
-    networks = [copy.deepcopy(network).eval()]
-    # Of the plain network: neither adapted, nor told which of several datasets an image is like.
-    settings = choose_adapter(config.predict, "none").model_copy(update={"task": None})
-    segmenter = Segmenter([run], settings, training.fabric.device.type, networks)
-    chosen = held_out.cases_by_turns[: config.calibration.cases]
-    calibration, judge, failed = None, None, dict[str, str]()
-    if chosen and config.calibration.kind != "none":
-        calibration = calibrate(segmenter, chosen, held_out, config.calibration)
-        failed |= calibration["failed"]
-    if config.judge.detectors:
-        references = training.trained_on.cases_by_turns[: config.judge.cases]
-        others = held_out.cases_by_turns[: config.judge.held_out_cases]
-        judge, unseen = learn_references(segmenter, references, others, held_out, config.judge)
-        failed |= unseen
-        if judge is None:
-            training.warn("too few source patients to judge masks by: predictions will have no verdicts")
-    return calibration, judge, failed
 
 
 def _check_start(job: _Job, splits: Splits, network: Network) -> None:
@@ -266,28 +211,9 @@ def _check_start(job: _Job, splits: Splits, network: Network) -> None:
     if config.pretrained is not None:
         if config.pretrain.objectives:
             raise ConfigError("both pretrained and pretrain.objectives", expected="one of the two")
-        run = runs.open_run(_run_to_start_from(config.pretrained, job.output))
+        run = open_start(config.pretrained, job.output)
         transfer(run, network)
-        _require_unseen(run, job.dataset, splits)
-
-
-def _require_unseen(run: runs.Run, dataset: Dataset, splits: Splits) -> None:
-    """Refuse weights that have learned from what this training is tested on.
-
-    Raises:
-        ConfigError: the earlier run saw test or held-out cases of this one.
-    """
-    seen = {*run.splits["training"], *run.splits.get("unlabelled", ())}
-    if (run.path / "pretraining" / runs.SPLITS).is_file():
-        seen |= {*runs.read_splits(run.path / "pretraining")["training"]}
-    kept_out = {case.id for case in (*splits.held_out.cases, *splits.test.cases)}
-    if run.manifest.get("dataset") == dataset.name and (both := sorted(seen & kept_out)):
-        raise ConfigError(
-            f"a run that learned from {len(both)} cases that this training holds out or tests, such as {both[0]}",
-            where=f"pretrained={run.path}",
-            expected="one of other cases",
-            fix="give both the same seed and test sites, or pretrain in the same command by pretrain.objectives",
-        )
+        require_unseen(run, job.dataset, splits)
 
 
 def _load_start(fabric: Fabric, job: _Job, training: Training) -> None:
@@ -296,7 +222,7 @@ def _load_start(fabric: Fabric, job: _Job, training: Training) -> None:
     if config.pretrain.objectives:
         run = _pretrain(fabric, job, training)
     elif config.pretrained is not None:
-        run = runs.open_run(_run_to_start_from(config.pretrained, job.output))
+        run = open_start(config.pretrained, job.output)
     else:
         return
     started_from = {"run": run.path.name, **asdict(transfer(run, training.learner.network))}

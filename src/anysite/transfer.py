@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from anysite import runs
+from anysite.config import Config
+from anysite.data.case import Dataset
 from anysite.errors import ConfigError
 from anysite.networks import Network, encoder_tensors
+from anysite.splits import Splits
 
 LEAST_SHARE = 0.5  # of the encoder's values; with fewer a training would all but start from scratch
 
@@ -27,6 +33,25 @@ class Transfer:
     reshaped: tuple[str, ...]
     skipped: dict[str, str]
     encoder_share: float
+
+
+def locate_start(config: Config, output: Path) -> Config:
+    """Name the run to start from as seen from the run folder: the folders above both may be named after people."""
+    if config.pretrained is None:
+        return config
+    start = str(Path(config.pretrained).resolve())
+    with suppress(ValueError):  # another drive on Windows
+        start = os.path.relpath(start, output.resolve())
+    return config.model_copy(update={"pretrained": start})
+
+
+def open_start(pretrained: str, output: Path) -> runs.Run:
+    """Open the run to start from, named as seen from the run folder `output`.
+
+    Raises:
+        RunError: no run that can be read lies there.
+    """
+    return runs.open_run((output.resolve() / pretrained).resolve())
 
 
 def transfer(run: runs.Run, network: Network) -> Transfer:
@@ -74,6 +99,25 @@ def transfer(run: runs.Run, network: Network) -> Transfer:
         )
     network.load_state_dict({**state, **taken, **reshaped})
     return result
+
+
+def require_unseen(run: runs.Run, dataset: Dataset, splits: Splits) -> None:
+    """Refuse weights that have learned from what this training is tested on.
+
+    Raises:
+        ConfigError: the earlier run saw test or held-out cases of this one.
+    """
+    seen = {*run.splits["training"], *run.splits.get("unlabelled", ())}
+    if (run.path / "pretraining" / runs.SPLITS).is_file():
+        seen |= {*runs.read_splits(run.path / "pretraining")["training"]}
+    kept_out = {case.id for case in (*splits.held_out.cases, *splits.test.cases)}
+    if run.manifest.get("dataset") == dataset.name and (both := sorted(seen & kept_out)):
+        raise ConfigError(
+            f"a run that learned from {len(both)} cases that this training holds out or tests, such as {both[0]}",
+            where=f"pretrained={run.path}",
+            expected="one of other cases",
+            fix="give both the same seed and test sites, or pretrain in the same command by pretrain.objectives",
+        )
 
 
 def _takes_the_image(weight: Tensor, channels: int) -> bool:
