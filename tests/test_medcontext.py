@@ -188,7 +188,7 @@ def test_nothing_of_a_blanked_voxel_reaches_the_masked_pass(
     encode = built.network.encode
     monkeypatch.setattr(built.network, "encode", lambda given: seen.append(given) or encode(given))
     with torch.no_grad():
-        masked, (logits, *_) = objective._segment_masked(step(built, image))
+        masked, (logits, *_) = objective._segment_masked(step(built, image), torch.arange(len(image)))
     (given,) = seen
     assert 0.25 < masked.float().mean() < 0.6
     assert (given[masked[:, None].expand_as(given)] == 0).all()
@@ -196,6 +196,33 @@ def test_nothing_of_a_blanked_voxel_reaches_the_masked_pass(
     assert torch.equal(given[kept], image[kept])
     with torch.no_grad():
         torch.testing.assert_close(logits, built.network(given))
+
+
+def test_a_share_of_the_samples_is_masked_and_the_rest_segmented_whole_in_the_same_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = load("baseline", [SMALL["unet"], "objectives={medcontext = {ramp = 0, share = 0.5}}"])
+    built = build_learner(config, plan((32, 32)), DOMAINS)
+    objective, image = medcontext(built), torch.randn(5, 1, 32, 32)
+    seen: dict[str, list[Tensor]] = {"network": [], "teacher": []}
+    for name, network in (("network", built.network), ("teacher", objective.teacher.network)):
+        encode = network.encode
+        monkeypatch.setattr(
+            network, "encode", lambda given, n=name, e=encode: seen[n].append(given.clone()) or e(given)
+        )
+    label = torch.randint(0, 3, (5, 32, 32))
+    losses = built(image, label, torch.zeros(5).long(), 0.5)
+    assert set(losses) == {"medcontext_masked", "medcontext_consistency", "total"}
+    (given,), (whole,) = seen["network"], seen["teacher"]
+    masked = (given != image).flatten(1).any(1)
+    assert masked.sum() == 2
+    assert torch.equal(whole, image[masked])
+    assert ((given == image) | (given == 0)).all()
+    expected = objective.supervised.compare(built.network(given), label)
+    torch.testing.assert_close(losses["medcontext_masked"], expected)
+    chosen = {tuple(objective._choose_samples(5).tolist()) for _ in range(50)}
+    assert len(chosen) > 5
+    assert {index for rows in chosen for index in rows} == set(range(5))
 
 
 def test_the_teacher_moves_after_every_step_by_the_planned_momentum() -> None:
@@ -289,7 +316,7 @@ def test_masked_tokens_are_replaced_once_and_learn(network: str, patch_size: tup
     embedding = built.network.embedding
     assert embedding is not None
     assert not embedding._forward_hooks
-    masked = objective._draw_mask(step(built, batch(patch_size)[0]))
+    masked = objective._draw_mask(step(built, batch(patch_size)[0]), torch.arange(2))
     side = built.network.token_voxels[0]
     assert masked.shape == (2, *patch_size)
     pooled = masked.float().unfold(1, side, side).mean(-1)
@@ -398,6 +425,8 @@ def test_it_composes_with_the_other_objectives() -> None:
     ("settings", "message"),
     [
         ("ratio=1.0", "ratio"),
+        ("share=0.0", "share"),
+        ("share=1.5", "share"),
         ("supervised_weight=-1.0", "supervised_weight"),
         ("temperature=0.0", "temperature"),
         ("momentum=[0.9, 0.5]", "momentum"),

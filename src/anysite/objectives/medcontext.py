@@ -38,6 +38,8 @@ class MedContext(Objective):
         region: Over which voxels: "masked" alone, or "all".
         temperature: Of the teacher's probabilities; below 1 sharpens them.
         ramp: Share of training over which the consistency's weight rises from 0.
+        share: Of the samples that are masked, at least one. Below 1 the others are segmented whole in the same pass,
+            and the objective `supervised` can be left out: one pass instead of two.
         ratio: Share of the image masked.
         block_voxels: Side of a masked block, smaller where fewer than four would lie along the patch's longest
             axis; then rounded to whole tokens of a transformer, at least one.
@@ -65,6 +67,7 @@ class MedContext(Objective):
         region: Literal["masked", "all"] = "masked",
         temperature: float = 1.0,
         ramp: float = 0.1,
+        share: float = 1.0,
         ratio: float = 0.4,
         block_voxels: int = 16,
         tube: bool = False,
@@ -76,6 +79,8 @@ class MedContext(Objective):
         where = "objectives.medcontext"
         require_counts(where, block_voxels=block_voxels)
         require_fractions(where, ratio=ratio, ramp=ramp)
+        if not 0 < share <= 1:
+            raise ConfigError(f"{share}", where=f"{where}.share", expected="above 0, at most 1")
         for name, value in {
             "supervised_weight": supervised_weight,
             "consistency_weight": consistency_weight,
@@ -90,7 +95,8 @@ class MedContext(Objective):
             )
         self.supervised_weight, self.consistency_weight = supervised_weight, consistency_weight
         self.divergence, self.region, self.temperature, self.ramp = divergence, region, temperature, ramp
-        self.ratio, self.block_voxels, self.tube, self.place = ratio, block_voxels, tube, place
+        self.share, self.ratio, self.block_voxels = share, ratio, block_voxels
+        self.tube, self.place = tube, place
         self.momentum, self.compat = momentum, compat
 
     def attach(self, network: Network, plan: Plan, domains: tuple[str, ...]) -> None:
@@ -112,10 +118,12 @@ class MedContext(Objective):
     def forward(self, step: Step) -> dict[str, Tensor]:
         """Return the weighted terms `masked` and, with a teacher, `consistency`."""
         self.progress = step.progress
-        masked, scales = self._segment_masked(step)
+        rows = self._choose_samples(len(step.image))
+        masked, scales = self._segment_masked(step, rows)
         terms = {"masked": self.supervised_weight * self.supervised.compare_scales(scales, step)}
         if self.consistency_weight:
-            targets = self.teacher.segment(step.image, step.network)
+            targets = self.teacher.segment(step.image[rows], step.network)
+            scales, masked = [logits[rows] for logits in scales], masked[rows]
             if self.compat == "official":
                 scales, targets = scales[:1], targets[:1]
             rise = min(1.0, step.progress / self.ramp) if self.ramp else 1.0
@@ -136,11 +144,18 @@ class MedContext(Objective):
 
     def preview(self, step: Step) -> dict[str, Tensor]:
         """Return the image, and what is left of it."""
-        image, masked = scale_to_unit(step.image), self._draw_mask(step)
+        rows = self._choose_samples(len(step.image))
+        image, masked = scale_to_unit(step.image), self._draw_mask(step, rows)
         return {"image": image, "masked": image.masked_fill(masked[:, None], 0.0)}
 
-    def _segment_masked(self, step: Step) -> tuple[Bool[Tensor, "b *s"], list[Tensor]]:
-        masked = self._draw_mask(step)
+    def _choose_samples(self, count: int) -> Tensor:
+        """Return the indices of those samples of a batch that are masked."""
+        if self.share == 1:
+            return torch.arange(count)
+        return torch.randperm(count)[: max(1, round(self.share * count))].sort().values
+
+    def _segment_masked(self, step: Step, rows: Tensor) -> tuple[Bool[Tensor, "b *s"], list[Tensor]]:
+        masked = self._draw_mask(step, rows)
         if not self.by_tokens:
             return masked, _segment_scales(step.network, step.image.masked_fill(masked[:, None], 0.0))
         embedding = step.network.embedding
@@ -153,11 +168,12 @@ class MedContext(Objective):
         with embedding.register_forward_hook(replace):
             return masked, _segment_scales(step.network, step.image)
 
-    def _draw_mask(self, step: Step) -> Bool[Tensor, "b *s"]:
+    def _draw_mask(self, step: Step, rows: Tensor) -> Bool[Tensor, "b *s"]:
         shape = self.grid if self.by_tokens else step.image.shape[2:]
-        masked = draw_blocks(
-            len(step.image), shape, self.block, self.ratio, tube=self.tube, alike=self.compat == "official"
+        blocks = draw_blocks(
+            len(rows), shape, self.block, self.ratio, tube=self.tube, alike=self.compat == "official"
         )
+        masked = torch.zeros(len(step.image), *shape, dtype=torch.bool).index_copy(0, rows, blocks)
         if self.by_tokens:
             for axis, token in enumerate(step.network.token_voxels, start=1):
                 masked = masked.repeat_interleave(token, dim=axis)
