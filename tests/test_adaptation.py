@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from monai.metrics.regression import compute_ssim_and_cs
 from PIL import Image
 from scipy import ndimage
 from torch import Tensor
@@ -107,6 +108,16 @@ def test_ssim_and_its_contrast_term_against_a_slow_twin() -> None:
         assert float(SIMILARITIES["ssim"](one, other)[0, 0, row, column]) == pytest.approx(
             light * contrast, abs=1e-4
         )
+
+
+@pytest.mark.parametrize(("dimension", "window"), [(2, 11), (3, 7)])
+def test_ssim_is_that_of_monai_where_no_window_reaches_beyond_the_image(dimension: int, window: int) -> None:
+    one, other = (torch.cat([image, image.flip(-1)], 1) for image in pictures(dimension))
+    sizes, sigmas = [window] * dimension, [1.5] * dimension
+    expected = compute_ssim_and_cs(one, other, dimension, sizes, sigmas, data_range=2.0)
+    inside = (..., *[slice(window // 2, -(window // 2))] * dimension)
+    for name, known in zip(("ssim", "contrast"), expected, strict=True):
+        torch.testing.assert_close(compare(name, one, other)[inside], known, rtol=0, atol=1e-4)
 
 
 def test_the_contrast_term_is_blind_to_brightness_and_correlation_to_contrast_too() -> None:

@@ -52,13 +52,23 @@ class Synthesiser(nn.Module):
 
 
 class SpadeBlock(nn.Module):
-    """Two convolutions, before each a normalisation whose scale and shift are drawn from the mask."""
+    """Two convolutions, before each a normalisation whose scale and shift are drawn from the mask.
+
+    What the mask looks like around a voxel is computed once a block, and not once a scale and shift as in the paper,
+    which would take most of the time.
+    """
 
     def __init__(
-        self, inputs: int, outputs: int, maps: int, convolution: type[nn.Conv2d | nn.Conv3d]
+        self,
+        inputs: int,
+        outputs: int,
+        maps: int,
+        convolution: type[nn.Conv2d | nn.Conv3d],
+        hidden: int = 16,
     ) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(Spade(width, maps, convolution) for width in (inputs, outputs))
+        self.surroundings = convolution(maps, hidden, 3, padding=1)
+        self.norms = nn.ModuleList(Spade(width, hidden, convolution) for width in (inputs, outputs))
         self.convolutions = nn.ModuleList(
             convolution(width, outputs, 3, padding=1) for width in (inputs, outputs)
         )
@@ -68,26 +78,22 @@ class SpadeBlock(nn.Module):
         self, image: Float[Tensor, "b w *s"], mask: Float[Tensor, "b k *s"]
     ) -> Float[Tensor, "b v *s"]:
         """Return the features `(b, outputs, *s)`."""
-        features = image
+        features, surroundings = image, F.relu(self.surroundings(mask))
         for norm, convolution in zip(self.norms, self.convolutions, strict=True):
-            features = convolution(F.leaky_relu(norm(features, mask), 0.2))
+            features = convolution(F.leaky_relu(norm(features, surroundings), 0.2))
         return features + self.shortcut(image)
 
 
 class Spade(nn.Module):
-    """Instance normalisation whose scale and shift at every voxel follow from the mask around it."""
+    """Instance normalisation whose scale and shift at every voxel follow from what the mask is like around it."""
 
-    def __init__(
-        self, width: int, maps: int, convolution: type[nn.Conv2d | nn.Conv3d], hidden: int = 16
-    ) -> None:
+    def __init__(self, width: int, hidden: int, convolution: type[nn.Conv2d | nn.Conv3d]) -> None:
         super().__init__()
-        self.shared = convolution(maps, hidden, 3, padding=1)
-        self.scale = convolution(hidden, width, 3, padding=1)
-        self.shift = convolution(hidden, width, 3, padding=1)
+        self.scale = convolution(hidden, width, 1)
+        self.shift = convolution(hidden, width, 1)
 
     def forward(
-        self, features: Float[Tensor, "b w *s"], mask: Float[Tensor, "b k *s"]
+        self, features: Float[Tensor, "b w *s"], surroundings: Float[Tensor, "b h *s"]
     ) -> Float[Tensor, "b w *s"]:
         """Return the features normalised, scaled and shifted."""
-        hidden = F.relu(self.shared(mask))
-        return F.instance_norm(features) * (1 + self.scale(hidden)) + self.shift(hidden)
+        return F.instance_norm(features) * (1 + self.scale(surroundings)) + self.shift(surroundings)
