@@ -126,7 +126,7 @@ def _smooth_gaussian(maps: Float[Tensor, "*s"], dimension: int, window: int) -> 
     for axis in range(-dimension, 0):
         identity = torch.eye(maps.shape[axis], device=maps.device)[:, None]
         matrix = F.conv1d(identity, weights)[:, 0]
-        maps = torch.tensordot(maps, matrix, dims=([axis], [0])).movedim(-1, axis)
+        maps = (maps.movedim(axis, -1) @ matrix).movedim(-1, axis)
     return maps
 
 
