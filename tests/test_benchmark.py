@@ -11,17 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from anysite import benchmark as benchmarking
 from anysite import registry
 from anysite.benchmark import Job, JobOutcome, benchmark, list_jobs, run_job, unfinished
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
+from anysite.data.phantom import write_phantom
 from anysite.errors import ConfigError
 from anysite.report import write_report
 from anysite.report.methods import split_by_method, summarise_methods
 from anysite.report.read import Row as ReportRow
 from anysite.rows import read_rows, write_rows
+from anysite.runs import open_run
 from conftest import SMALL
 
 TINY = [*SMALL, "train.steps=2", "train.validation_cases=0"]
@@ -81,6 +84,7 @@ def test_impossible_jobs_are_refused_before_anything_runs(phantom: Dataset, tmp_
     refused("unknown setting", overrides=["train.stps=3"])
     refused("no metric 'accuracy'", metrics=["accuracy"])
     refused("seed -3; expected 0 or above", seeds=[2, -3])
+    refused("0 members; expected 1 or more", members=0)
     (tmp_path / "baseline.toml").write_text("")
     refused("2 methods named 'baseline'", methods=["baseline", str(tmp_path / "baseline.toml")])
     with pytest.raises(ConfigError, match="-1 jobs at once; expected 0 or more"):
@@ -414,6 +418,43 @@ def test_a_job_without_a_case_to_score_says_so(jobs: list[Job]) -> None:
 
 def scores(outcome: JobOutcome) -> list[tuple]:
     return [(r["case"], r["class"], r["value"]) for r in outcome.rows if r["split"] != "run"]
+
+
+def test_an_ensemble_is_a_method_of_its_own_whose_members_share_the_split(
+    tmp_path: Path,
+) -> None:
+    sites = ("north", "east", "west")
+    phantom_folder = write_phantom(tmp_path / "phantom", patients_per_site=6, size=64, sites=sites)
+    phantom = open_dataset(phantom_folder)
+    judged = [
+        *SMALL, "train.steps=2", "train.validation_fraction=0.3", "judge.shifted_copies=2",
+        "judge.detectors={histogram = {}, entropy = {}}",
+    ]  # fmt: skip
+
+    def listed(members: int) -> list[Job]:
+        return list_jobs(
+            phantom, phantom_folder, ["baseline"], [3], "leave-one-out", judged, test_domains=["west"],
+            metrics=["dice", "verdict"], corruptions=["gaussian_noise"], severities=[5], members=members,
+        )  # fmt: skip
+
+    for members in (2, 1):
+        (outcome,) = benchmark(
+            listed(members), tmp_path / "rows.jsonl", parallel=0, keep_runs=tmp_path / "runs"
+        )
+        assert not outcome.error
+        assert not unfinished(listed(members), tmp_path / "rows.jsonl")
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert {(row["method"], row["seed"]) for row in rows} == {("baseline_x2", 3), ("baseline", 3)}
+    disagreement = [row for row in rows if row["metric"] == "score_ensemble"]
+    assert {row["method"] for row in disagreement} == {"baseline_x2"}
+    assert {row["corruption"] for row in disagreement} == {"none", "gaussian_noise"}
+    one, other = (open_run(path) for path in sorted((tmp_path / "runs").glob("*/run_*")))
+    (alone,) = (open_run(path) for path in (tmp_path / "runs").glob("*/run"))
+    assert one.splits == other.splits == alone.splits
+    assert (one.config.member, other.config.member) == (0, 1)
+    weights = [run.network().state_dict() for run in (one, other, alone)]
+    assert all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
+    assert not all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_classes_outside_anysite_are_trusted_by_the_processes_of_jobs_too(

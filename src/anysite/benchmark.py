@@ -49,6 +49,7 @@ def list_jobs(
     severities: Sequence[int] = (1, 2, 3, 4, 5),
     others: Sequence[Path] = (),
     adapt: Sequence[str] = (),
+    members: int = 1,
 ) -> list[Job]:
     """Return the jobs of a protocol: every site left out in turn, every site alone, or all sites pooled.
 
@@ -60,6 +61,7 @@ def list_jobs(
         severities: Of the corruptions.
         others: Paths of other datasets, whose images are judged.
         adapt: Adapters to score all images with.
+        members: Networks of every job, whose probabilities are averaged.
         labels: From how many labelled patients to learn, None for all; fewer are a subset of more.
 
     Raises:
@@ -80,6 +82,8 @@ def list_jobs(
             known = ", ".join(known)
             raise ConfigError(f"no metric {metric!r}", expected=f"one of {known}")
     corruptions = tuple(CORRUPTIONS) if list(corruptions) == ["all"] else tuple(corruptions)
+    if members < 1:
+        raise ConfigError(f"{members} members", expected="1 or more")
     for name in corruptions:
         fingerprint(name)  # so that an unknown name is refused before anything runs
     if strange := [severity for severity in severities if severity not in range(1, 6)]:
@@ -112,7 +116,7 @@ def list_jobs(
     return [
         Job(str(dataset_path), dataset.name, method, tuple(overrides), seed, out,
             tuple(d for d in domains if d not in out), budget_s, tuple(metrics), count,
-            corruptions, tuple(severities), named, tuple(adapters))
+            corruptions, tuple(severities), named, tuple(adapters), members)
         for seed in seeds for count in labels for out in left_out for method in methods
     ]  # fmt: skip
 

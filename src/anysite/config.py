@@ -25,11 +25,19 @@ from anysite.settings import (
     TrainSettings,
 )
 
+MEMBER_STRIDE = 1_000_003  # between the seeds of an ensemble's networks, so that none is another run's
+
 
 class Config(Settings):
     """All settings of a run; every field has a default, so an empty file is a valid configuration."""
 
     seed: int = 0
+    member: int = Field(
+        default=0,
+        ge=0,
+        description="which network of an ensemble: of one seed all learn from the same cases, each in its own order "
+        "and from its own random weights",
+    )
     test_domains: tuple[str, ...] = Field(default=(), description="sites kept out of training altogether")
     network: MethodSettings = MethodSettings(name="unet")
     objectives: dict[str, dict[str, Any]] = Field(
@@ -45,6 +53,11 @@ class Config(Settings):
     predict: PredictSettings = PredictSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     judge: JudgeSettings = JudgeSettings()
+
+    @property
+    def training_seed(self) -> int:
+        """What weights and batches are drawn by; the split is drawn by `seed` alone."""
+        return self.seed + MEMBER_STRIDE * self.member
 
 
 def choose_adapter(settings: PredictSettings, name: str) -> PredictSettings:

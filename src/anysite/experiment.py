@@ -34,6 +34,7 @@ class Job:
     Attributes:
         others: Name and path of other datasets, whose images are judged.
         adapt: With which adapters all images are scored, "none" for none.
+        members: Networks whose probabilities are averaged, trained on the same split.
     """
 
     dataset_path: str
@@ -50,11 +51,12 @@ class Job:
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     others: tuple[tuple[str, str], ...] = ()
     adapt: tuple[str, ...] = (UNADAPTED,)
+    members: int = 1
 
     @property
     def name(self) -> str:
-        """The method's name in rows: the preset, or the stem of its file."""
-        return name_of(self.method)
+        """The method's name in rows: the preset, or the stem of its file, and how many networks if several."""
+        return name_of(self.method) + (f"_x{self.members}" if self.members > 1 else "")
 
     @property
     def overrides_text(self) -> str:
@@ -82,7 +84,7 @@ class Job:
         every finished job finished.
         """
         settings = self.settings.model_dump(mode="json", exclude_defaults=True)
-        return runs.fingerprint([settings, self.budget_s])
+        return runs.fingerprint([settings, self.budget_s, *([self.members] if self.members > 1 else [])])
 
     @property
     def topics(self) -> set[tuple[Any, ...]]:
@@ -122,13 +124,8 @@ def score_job(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Ro
     Raises:
         AnysiteError: a training that failed, no case to score, or one that could not be.
     """
-    from anysite.train import train
-
-    settings = job.settings
-    settings = settings.model_copy(update={"train": settings.train.model_copy(update={"threads": threads})})
-    run = train(
-        dataset, settings, folder / "run", budget_s=job.budget_s, resume=True, facts={"preset": job.name}
-    )
+    members = [_train_member(job, member, dataset, folder, threads) for member in range(job.members)]
+    run = members[0]
     # Of the training sites only the held-out patients, so that all numbers of labels are scored on the same cases.
     held_out = [case for case in dataset.labelled if case.id in set(run.splits["held_out"])]
     test = [case for case in dataset.labelled if case.id in set(run.splits["test"])]
@@ -140,22 +137,22 @@ def score_job(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Ro
         raise DataError(
             "no held-out case to corrupt", where=job.dataset, fix="set train.validation_fraction above 0"
         )
-    if (VERDICT in job.metrics or job.others) and run.judge is None:
+    if (VERDICT in job.metrics or job.others) and any(member.judge is None for member in members):
         raise DataError("a run that does not judge", where=job.dataset, fix="drop verdict from --metrics")
     began = time.monotonic()
-    rows = _score_images(job, run, held_out + test, dataset, folder / "masks", threads, UNADAPTED)
+    rows = _score_images(job, members, held_out + test, dataset, folder / "masks", threads, UNADAPTED)
     learned_from = _patients_judged_from(run, dataset)
     predicting_s = time.monotonic() - began
     common = rows[0] | {"domain": "", "patient": "", "case": "", "class": ""}
     for adapt in job.adapt:
         if adapt != UNADAPTED:
             masks = folder / f"masks_{adapt.replace(':', '_')}"
-            rows += _score_images(job, run, held_out + test, dataset, masks, threads, adapt)
-        rows += _score_corrupted(job, run, held_out, dataset, common | {"adapt": adapt})
+            rows += _score_images(job, members, held_out + test, dataset, masks, threads, adapt)
+        rows += _score_corrupted(job, members, held_out, dataset, common | {"adapt": adapt})
     for name, path in job.others:
-        rows += _judge_others(job, run, name, Path(path), common)
+        rows += _judge_others(members, name, Path(path), common)
     costs: list[tuple[str, Any, str]] = [
-        ("train_seconds", run.manifest["seconds"], "s"),
+        ("train_seconds", sum(member.manifest["seconds"] for member in members), "s"),
         ("train_steps", run.manifest["steps"], "1"),
         ("predict_seconds_per_case", round(predicting_s / len(held_out + test), 3), "s"),
     ]
@@ -166,6 +163,18 @@ def score_job(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Ro
             row["judge_learned"] = True
     kept = [row for row in rows if _is_wanted(row["metric"], job.metrics) or row["split"] == OTHER]
     return kept + [{**common, "split": "run", "metric": m, "value": v, "unit": u} for m, v, u in costs]
+
+
+def _train_member(job: Job, member: int, dataset: Dataset, folder: Path, threads: int) -> runs.Run:
+    from anysite.train import train
+
+    settings = job.settings
+    own = {"train": settings.train.model_copy(update={"threads": threads}), "member": member}
+    output = folder / ("run" if job.members == 1 else f"run_{member}")
+    return train(
+        dataset, settings.model_copy(update=own), output, budget_s=job.budget_s, resume=True,
+        facts={"preset": job.name},
+    )  # fmt: skip
 
 
 def topic_of(row: Row) -> tuple[Any, ...]:
@@ -192,7 +201,7 @@ def name_of(method: str) -> str:
 
 def _score_images(
     job: Job,
-    run: runs.Run,
+    members: Sequence[runs.Run],
     cases: Sequence[Case],
     dataset: Dataset,
     masks: Path,
@@ -202,11 +211,11 @@ def _score_images(
     from anysite.predict import predict
 
     save = not CALIBRATION_METRICS.keys().isdisjoint(job.metrics)
-    outcomes = list(predict([run], cases, masks, dataset=dataset, save_probabilities=save, adapt=adapt))
+    outcomes = list(predict(members, cases, masks, dataset=dataset, save_probabilities=save, adapt=adapt))
     # The splits list the sites in the order of their cases, which may differ from the job's.
     context = {
         "train_domains": "+".join(job.train_domains), "overrides": job.overrides_text, "job": job.digest,
-        "labels": str(job.settings.train.labelled_patients or "all"), "adapt": adapt,
+        "labels": str(job.settings.train.labelled_patients or "all"), "adapt": adapt, "seed": job.seed,
     }  # fmt: skip
     result = evaluate(masks, dataset, threads=threads, context=context)
     if result.failed or any(outcome.status == "failed" for outcome in outcomes):
@@ -218,15 +227,15 @@ def _score_images(
 
 
 def _score_corrupted(
-    job: Job, run: runs.Run, cases: Sequence[Case], dataset: Dataset, common: Row
+    job: Job, members: Sequence[runs.Run], cases: Sequence[Case], dataset: Dataset, common: Row
 ) -> list[Row]:
     """Score corrupted copies of held-out images, so that no other site's shift is mixed in."""
     if not job.corruptions:
         return []
     from anysite.segment import Segmenter
 
-    settings = config.choose_adapter(run.config.predict, common["adapt"])
-    segmenter, rows = Segmenter([run], settings), []
+    settings = config.choose_adapter(members[0].config.predict, common["adapt"])
+    segmenter, rows = Segmenter(members, settings), []
     masked = [metric for metric in job.metrics if metric in METRICS]
     calibrated = [metric for metric in job.metrics if metric in CALIBRATION_METRICS]
     for case in cases:
@@ -249,12 +258,13 @@ def _score_corrupted(
     return rows
 
 
-def _judge_others(job: Job, run: runs.Run, name: str, path: Path, common: Row) -> list[Row]:
+def _judge_others(members: Sequence[runs.Run], name: str, path: Path, common: Row) -> list[Row]:
     """Judge images of another dataset; one that the network cannot take has an undefined verdict."""
     from anysite.data.layouts import open_dataset
     from anysite.segment import Segmenter
 
-    segmenter, rows = Segmenter([run], config.choose_adapter(run.config.predict, UNADAPTED)), []
+    settings = config.choose_adapter(members[0].config.predict, UNADAPTED)
+    segmenter, rows = Segmenter(members, settings), []
     for case in open_dataset(path).cases_by_turns[:OTHER_CASES]:
         try:
             verdict = segmenter.segment(case.image()).verdict

@@ -138,7 +138,7 @@ class Training:
             TrainingError: a loss or gradient that is not finite; the weights are left as they were.
         """
         # Reseeding makes dropout and objectives functions of the step too: there is no random state to save.
-        torch.manual_seed(_derive_seed(self.config.seed, self.fabric.global_rank, self.step))
+        torch.manual_seed(_derive_seed(self.config.training_seed, self.fabric.global_rank, self.step))
         rate = learning_rate(self.step, self.steps, self.settings)
         lasts = self.settings.encoder_rate_steps is None or self.step < self.settings.encoder_rate_steps
         for group in self.optimizer.param_groups:

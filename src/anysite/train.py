@@ -280,8 +280,10 @@ def build_training(
     domains = splits.learned_domains
     memory_gb = config.train.cache_memory_gb
     cases = PreparedCases(splits.training, plan, domains, memory_gb, splits.unlabelled)
-    sampler = PatchSampler(cases.cases, plan, config.train, config.augment, config.seed, fabric.global_rank)
-    torch.manual_seed(config.seed)
+    sampler = PatchSampler(
+        cases.cases, plan, config.train, config.augment, config.training_seed, fabric.global_rank
+    )
+    torch.manual_seed(config.training_seed)
     learner = build_learner(config, plan, domains)
     for module in learner.modules():  # also the teacher that an objective may keep
         if isinstance(module, Network):

@@ -92,6 +92,9 @@ def benchmark(
             help="score all images also with these adapters, separated by commas; NAME:always without checks"
         ),
     ] = "none",
+    members: Annotated[
+        int, typer.Option(help="networks of every job, whose probabilities are averaged: an ensemble")
+    ] = 1,
     set_: Overrides = None,
     normalisation: Annotated[
         str,
@@ -120,7 +123,7 @@ def benchmark(
         open_dataset(dataset), dataset, methods.split(","), numbers, protocol,
         overrides, None if budget is None else parse_duration(budget), test_domain or [], metrics.split(","),
         counts, corruptions.split(",") if corruptions else [], _whole_numbers("--severities", severities),
-        others or [], adapt.split(","),
+        others or [], adapt.split(","), members,
     )  # fmt: skip
     began, failed = time.monotonic(), 0
     waiting = benchmarking.unfinished(jobs, output)
