@@ -566,6 +566,7 @@ def test_prediction_keeps_both_masks_and_says_why(run: Run, phantom: Dataset, tm
         plain = Segmenter([run]).segment(case.image()).label.array
         assert np.array_equal(before, plain)
     rows = evaluate(tmp_path / "always", phantom).rows
+    assert {(row["adapt"], row["labels"]) for row in rows} == {("refseg:always", "all")}
     told = {row["case"]: row["value"] for row in rows if row["metric"] == "unadapted_dice"}
     assert set(told) == {case.id for case in cases}
     page = write_report([tmp_path / "always"], tmp_path / "report.html").read_text(encoding="utf-8")

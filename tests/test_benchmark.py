@@ -15,7 +15,7 @@ import torch
 
 from anysite import benchmark as benchmarking
 from anysite import registry
-from anysite.benchmark import Job, JobOutcome, benchmark, list_jobs, run_job, unfinished
+from anysite.benchmark import Job, JobOutcome, benchmark, count_others, list_jobs, run_job, unfinished
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
@@ -276,6 +276,8 @@ def test_a_job_is_done_only_under_the_settings_its_rows_were_made_with(
     assert unfinished([job], output) == []
     for other in (replace(job, budget_s=60.0), replace(job, metrics=("dice", "hd95"))):
         assert unfinished([other], output) == [other]
+    assert count_others([job], output) == 0
+    assert count_others([replace(job, budget_s=60.0), jobs[1], replace(job, labels=1)], output) == 1
     early = tmp_path / "early.jsonl"  # as written before rows named their job
     write_rows(early, [{k: v for k, v in row.items() if k != "job"} for row in read_rows(output)])
     longer = replace(job, budget_s=60.0)

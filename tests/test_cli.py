@@ -229,6 +229,21 @@ def test_report_writes_one_page(masks: Path, phantom_folder: Path, tmp_path: Pat
 
 def test_info_tells_what_a_path_holds(run: Path, masks: Path, phantom_folder: Path) -> None:
     image = sorted((phantom_folder / "west" / "images").iterdir())[0]
+    started = runs.open_run(run).path.parent / "started"
+    succeed(
+        "train",
+        phantom_folder,
+        "--output",
+        started,
+        "--test-domain",
+        "west",
+        f"--set=pretrained={run}",
+        *TINY,
+    )
+    told = json.loads(succeed("info", started, "--json"))["started_from"]
+    assert told["run"] == run.name
+    assert told["taken"]
+    assert not told["skipped"]
     expected = {
         run: {"kind": "run", "train_domains": ["north", "east"], "steps": 2, "finished": True},
         masks: {"kind": "predictions", "cases": {"done": len(list(masks.glob("*.png")))}},
@@ -330,6 +345,13 @@ def test_durations(text: str, seconds: float) -> None:
 def test_durations_that_are_none(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--budget .*; expected a time such as 90s, 10m or 2h"):
         commands.parse_duration(text)
+
+
+def test_a_defect_ends_with_a_code_of_its_own(phantom_folder: Path) -> None:
+    with mock.patch("anysite.describe.describe", side_effect=KeyError("a defect")):
+        result = call("info", phantom_folder)
+    assert result.code == 70
+    assert "KeyError: 'a defect'" in result.err
 
 
 def test_help_version_and_no_arguments() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anysite import config
-from anysite.config import Config, load, parse, setting_names
+from anysite.config import Config, load, override_sites, parse, setting_names
 from anysite.errors import ConfigError
 from anysite.settings import MethodSettings
 
@@ -105,6 +105,8 @@ def test_a_setting_like_no_other_points_to_the_list() -> None:
     ("override", "place", "expected"),
     [
         ("seed=abc", "seed", "valid integer"),
+        ("seed=-1", "seed", "greater than or equal to 0"),
+        ("member=-1", "member", "greater than or equal to 0"),
         ("train.steps=0", "train.steps", "greater than 0"),
         ("train.steps=1.5", "train.steps", "integer"),
         ("train.steps=", "train.steps", "integer"),
@@ -196,6 +198,11 @@ def test_every_leaf_of_a_dump_has_a_name() -> None:
 
     assert sorted(setting_names()) == sorted(leaves(Config().model_dump()))
     assert len(set(setting_names())) == len(setting_names())
+
+
+def test_sites_of_any_name_can_be_left_out() -> None:
+    names = ('St. "Anna"', "back\\slash", "Zürich, 3T", "a+b")
+    assert load("baseline", [override_sites(names)]).test_domains == names
 
 
 def test_a_quoted_part_of_a_name_may_hold_dots() -> None:

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
+from anysite import evaluate as scoring
 from anysite.data.case import Case, Dataset
+from anysite.data.volume import Volume
 from anysite.errors import DataError, FileFormatError
 from anysite.evaluate import evaluate
 from anysite.manifest import manifest_path
@@ -273,6 +275,32 @@ def test_masks_that_do_not_fit_are_named_and_the_rest_is_scored(
     result = evaluate(tmp_path / "masks", dataset)
     assert {row["case"] for row in result.rows} == {"b"}
     assert re.search(rf"a\.nii\.gz: .*{message}", result.failed["a"])
+    assert str(tmp_path) not in (tmp_path / "masks" / SUMMARY).read_text()
+
+
+def test_whatever_one_case_raises_is_named_without_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = dataset_of(tmp_path, {"a": boxes(), "b": boxes()})
+    for name in "ab":
+        write_array(tmp_path / "masks" / f"{name}.nii.gz", boxes())
+    damaged = dataset.cases[0].label_path
+    assert damaged is not None
+    damaged.write_bytes(damaged.read_bytes()[:80])
+    result = evaluate(tmp_path / "masks", dataset)
+    assert set(result.failed) == {"a"}
+    assert "a.nii.gz" in result.failed["a"]
+    assert str(tmp_path) not in result.failed["a"]
+    write_array(damaged, boxes())
+    score = scoring.score_volume
+
+    def exhaust(mask: Volume, label: Volume, dataset: Dataset, case: Case, tolerance: float) -> Any:
+        if case.id == "a":
+            raise MemoryError("too large")
+        return score(mask, label, dataset, case, tolerance)
+
+    monkeypatch.setattr(scoring, "score_volume", exhaust)
+    assert evaluate(tmp_path / "masks", dataset).failed == {"a": "MemoryError: too large"}
 
 
 def test_regions_are_scored_instead_of_classes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,31 @@ def test_without_consistency_it_is_supervision_of_two_passes() -> None:
         built.network(image.masked_fill(masked[:, None], 0.0)), label
     ) + objective.supervised.compare(built.network(image), label)
     torch.testing.assert_close(losses["total"], expected)
+
+
+@pytest.mark.parametrize("method", ["medcontext", "ram_dsir"])
+def test_further_passes_are_supervised_by_the_settings_of_the_first(method: str) -> None:
+    more = "objectives.supervised={cross_entropy_weight = 0.25, weight = 3.0, unknown = 'left_out'}"
+    config = load("baseline", [SMALL["unet"], f"objectives.{method}={{}}", more])
+    built = build_learner(config, plan((32, 32)), DOMAINS)
+    objective: Any = built.objectives[method]
+    assert objective.supervised.cross_entropy_weight == 0.25
+    assert objective.supervised.unknown == "left_out"
+    assert objective.supervised.weight == 1, "the weight is that of the whole objective"
+
+
+def test_looking_at_the_bottleneck_moves_no_running_statistics() -> None:
+    config = load("baseline", [SMALL["unet"], "network.norm=batch", "objectives={medcontext = {}}"])
+    built = build_learner(config, plan((32, 32)), DOMAINS).train()
+    states = []
+    for compare in (False, True):
+        again = copy.deepcopy(built)
+        torch.manual_seed(0)
+        found = again(*batch(), 0.5, compare=compare)
+        assert ("effective_rank" in found) == compare
+        assert again.network.training
+        states.append(again.network.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 @pytest.mark.parametrize("network", SMALL)

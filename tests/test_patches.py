@@ -80,6 +80,16 @@ def cases(phantom: Dataset, phantom_plan: Plan) -> list[PreparedCase]:
     return PreparedCases(phantom, phantom_plan, phantom.domains, memory_gb=1).cases
 
 
+def test_processes_together_go_through_the_sites_in_turn(
+    cases: list[PreparedCase], phantom_plan: Plan
+) -> None:
+    train = TrainSettings(batch_size=1, sampling="domain")
+    sites = len({case.domain for case in cases})
+    samplers = [PatchSampler(cases, phantom_plan, train, PLAIN, 0, rank, sites) for rank in range(sites)]
+    for step in range(3):
+        assert {int(one.batch(step).domain) for one in samplers} == set(range(sites))
+
+
 def test_a_batch_depends_on_its_step_and_nothing_else(cases: list[PreparedCase], phantom_plan: Plan) -> None:
     def make(rank: int = 0, seed: int = 0) -> PatchSampler:
         return PatchSampler(cases, phantom_plan, TrainSettings(batch_size=3), AugmentSettings(), seed, rank)

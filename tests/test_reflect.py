@@ -36,6 +36,25 @@ def plain(phantom: Dataset, tmp_path: Path) -> Run:
     return train(phantom, config, tmp_path / "run")
 
 
+def test_masks_of_before_are_made_anew_and_a_second_writer_is_refused(
+    plain: Run, phantom: Dataset, tmp_path: Path
+) -> None:
+    cases = [case for case in phantom.cases if case.domain == "west"][:1]
+
+    def status(adapt: str) -> str:
+        (outcome,) = predict([open_run(plain.path)], cases, tmp_path / adapt, adapt=adapt)
+        return outcome.status
+
+    for adapt in ("auto", "none"):
+        assert [status(adapt), status(adapt)] == ["done", "skipped"]
+    with runs.locked(plain.path), pytest.raises(RunError, match="in use by another process"):
+        reflect(phantom, plain.path, SMALL, steps=1)
+    learned = reflect(phantom, plain.path, SMALL)
+    assert learned.manifest["steps"] == plain.manifest["steps"]
+    assert status("auto") == "done"
+    assert status("none") == "skipped"
+
+
 def test_a_finished_run_learns_to_reflect_and_is_otherwise_the_same(plain: Run, phantom: Dataset) -> None:
     before = dict(plain.manifest["files"])
     assert plain.reflection() is None

@@ -153,6 +153,24 @@ def test_a_plugin_that_does_not_import_says_why(plugin: str, target: str) -> Non
         registry.find("network", target)
 
 
+def test_a_plugin_may_leave_its_settings_without_types(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = (
+        "from __future__ import annotations\n\n\n"
+        "class Untyped:\n    def __init__(self, *, strength=1):\n        self.strength = strength\n\n\n"
+        "class Hidden:\n    def __init__(self, *, strength: Unknown = 1):\n        self.strength = strength\n"
+    )
+    (tmp_path / "untyped_plugin.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_plugins", set())
+    for name in ("untyped_plugin:Untyped", "untyped_plugin:Hidden"):
+        registry.trust(name)
+        assert registry.build("objective", name, strength=3).strength == 3
+        assert registry.build("objective", name).strength == 1
+    sys.modules.pop("untyped_plugin", None)
+
+
 def test_the_types_of_settings_are_checked() -> None:
     network = registry.build("network", "unet", 1, 2, (32, 32), residual="false", width=4)
     plain = registry.build("network", "unet", 1, 2, (32, 32), residual=False, width=4)

@@ -69,6 +69,14 @@ def test_an_ensemble_is_the_mean_of_its_members(members: list[Run], image: Volum
     np.testing.assert_array_equal(found.label.array[0], np.mean(single, axis=0).argmax(0))
 
 
+def test_what_networks_disagree_about_needs_no_judge(members: list[Run], image: Volume) -> None:
+    assert not any(run.judge for run in members)
+    verdict = Segmenter(members).segment(image).verdict
+    assert verdict is not None
+    assert set(verdict.scores) == {"ensemble"}
+    assert Segmenter(members[:1]).segment(image).verdict is None
+
+
 def test_every_member_predicts_an_image_on_its_grid(members: list[Run], image: Volume) -> None:
     for run in members:
         (grid,) = Segmenter([run], EXACT, "cpu").predict_grid(run.plan.to_grid(image))

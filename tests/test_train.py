@@ -82,10 +82,11 @@ def test_resuming_with_other_settings_says_that_they_are_ignored(phantom: Datase
     with pytest.raises(InterruptedTraining):
         train(phantom, small_config(), tmp_path / "run", on_progress=watch)
     assert not any(notes)
-    other = small_config("train.learning_rate=0.5", "network.width=8")
+    other = small_config("train.learning_rate=0.5", "network.width=8", "objectives.medcontext={}")
     run = train(phantom, other, tmp_path / "run", resume=True, on_progress=watch)
     assert [note for note in notes if note] == [
-        "resuming with the run's own settings; ignored: network.width=8, train.learning_rate=0.5"
+        "resuming with the run's own settings; ignored: network.width=8, objectives.medcontext={}, "
+        "train.learning_rate=0.5"
     ]
     assert run.config == small_config()
 
@@ -93,6 +94,13 @@ def test_resuming_with_other_settings_says_that_they_are_ignored(phantom: Datase
 def test_a_wrong_setting_leaves_no_run_behind(phantom: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no setting 'widht'"):
         train(phantom, small_config("network.widht=8"), tmp_path / "run")
+    for setting, message in (
+        ("augment.flip_axes=[2]", "augment.flip_axes: axis 2; expected spatial axes 0 to 1"),
+        ("train={batch_size = 1, unlabelled_share = 0.5}", "train.batch_size: 1; expected 2 or more"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(phantom, small_config(setting), tmp_path / "run")
+        assert not (tmp_path / "run" / "run.json").exists()
     train(phantom, small_config("train.steps=1"), tmp_path / "run")
 
 

@@ -18,6 +18,21 @@ CELLS = 4  # control-point spacings along the longest axis of a smooth random fi
 
 
 @torch.no_grad()
+def choose_flip_axes(settings: AugmentSettings, dimension: int) -> tuple[int, ...]:
+    """Return the spatial axes that are mirrored.
+
+    Raises:
+        ConfigError: `settings.flip_axes` names an axis that the patch does not have.
+    """
+    axes = tuple(range(dimension)) if settings.flip_axes is None else settings.flip_axes
+    for axis in axes:
+        if not 0 <= axis < dimension:
+            raise ConfigError(
+                f"axis {axis}", where="augment.flip_axes", expected=f"spatial axes 0 to {dimension - 1}"
+            )
+    return axes
+
+
 def augment(
     image: Float[Tensor, "b c *s"],
     label: Int[Tensor, "b *s"],
@@ -307,12 +322,7 @@ def _draw_geometry(
             displacement *= torch.tensor(spacing, device=image.device).view(-1, *[1] * len(size))
         rows = moved.to(image.device)
         image[rows], label[rows] = warp(image[rows], label[rows], matrix, displacement)
-    axes = range(len(shape)) if settings.flip_axes is None else settings.flip_axes
-    for axis in axes:
-        if not 0 <= axis < len(shape):
-            raise ConfigError(
-                f"axis {axis}", where="augment.flip_axes", expected=f"spatial axes 0 to {len(shape) - 1}"
-            )
+    axes = choose_flip_axes(settings, len(shape))
     mirrored = torch.rand((count, len(axes)), generator=generator) < settings.flip
     for sample, row in enumerate(mirrored.tolist()):
         # Counted from the end, an axis has one name in image and label.

@@ -215,6 +215,20 @@ def unfinished(jobs: Sequence[Job], output: Path) -> list[Job]:
     return [job for job in jobs if not any(job.topics <= found.get(key, set()) for key in job.keys)]
 
 
+def count_others(jobs: Sequence[Job], output: Path) -> int:
+    """Return of how many jobs `output` has rows under the same names that other settings or budgets made."""
+    digests: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    for row in read_rows(output) if output.is_file() else []:
+        *name, digest = _key_of(row)
+        digests[*name, row.get("labels", "all")].add(digest)
+    found = 0
+    for job in jobs:
+        *name, digest = job.key
+        labels = str(job.settings.train.labelled_patients or "all")
+        found += bool(digests[*name, labels] - {digest, ""})
+    return found
+
+
 def run_job(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
     """Train, predict and evaluate one job in this process."""
     folder = Path(tempfile.mkdtemp(prefix="anysite-")) if keep_runs is None else Path(keep_runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import Annotated, Any, NoReturn, cast
 
 import typer
@@ -15,6 +16,8 @@ from anysite.commands.results import benchmark, evaluate, report
 from anysite.commands.training import pretrain, reflect, train
 from anysite.errors import AnysiteError, ConfigError, FileFormatError, Interrupted
 
+CRASHED = 70  # the exit code of a defect: EX_SOFTWARE of sysexits.h
+
 # Click's UsageError, which Typer brings along under a name of its own.
 UsageError = cast("type[Exception]", typer.BadParameter.__mro__[1])
 
@@ -24,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 1 done but cases failed or were rejected, 2 misuse or bad input, "
-    "3 interrupted and saved, 130 interrupted.",
+    "3 interrupted and saved, 70 a defect of anysite, 130 interrupted.",
 )
 
 
@@ -47,6 +50,9 @@ def main() -> None:
                 fix="check the path, its permissions and the space left",
             )
         )
+    except Exception:  # noqa: BLE001 - by default it would end with 1, which scripts take for work that is done
+        traceback.print_exc()
+        sys.exit(CRASHED)
 
 
 def _fail(error: AnysiteError) -> NoReturn:

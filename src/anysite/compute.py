@@ -100,5 +100,7 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     library = ctypes.CDLL(None)
-    kept = library.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    return bool(kept)
+    taken = [
+        library.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES), library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    ]  # fmt: skip
+    return all(taken)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
@@ -31,7 +32,7 @@ MEMBER_STRIDE = 1_000_003  # between the seeds of an ensemble's networks, so tha
 class Config(Settings):
     """All settings of a run; every field has a default, so an empty file is a valid configuration."""
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     member: int = Field(
         default=0,
         ge=0,
@@ -58,6 +59,11 @@ class Config(Settings):
     def training_seed(self) -> int:
         """What weights and batches are drawn by; the split is drawn by `seed` alone."""
         return self.seed + MEMBER_STRIDE * self.member
+
+
+def override_sites(domains: Sequence[str]) -> str:
+    """Return the override that leaves sites out, whatever characters their names hold."""
+    return f"test_domains={json.dumps(list(domains), ensure_ascii=False)}"
 
 
 def choose_adapter(settings: PredictSettings, name: str) -> PredictSettings:
@@ -114,10 +120,12 @@ def parse(content: dict[str, Any]) -> Config:
 
 
 def differing_settings(asked: Config, kept: Config) -> list[str]:
-    """Return "name=value" of every setting of `asked` that `kept` does not share."""
+    """Return "name=value" of every setting of `asked` that `kept` does not share, and "no name" of those it lacks."""
     former = _flatten(kept.model_dump(mode="json"))
     settings = _flatten(asked.model_dump(mode="json"))
-    return [f"{name}={value}" for name, value in settings.items() if former.get(name) != value]
+    absent = object()
+    changed = [f"{name}={value}" for name, value in settings.items() if former.get(name, absent) != value]
+    return changed + [f"no {name}" for name in former if name not in settings]
 
 
 def setting_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -185,5 +193,6 @@ def _split_name(name: str) -> list[str]:
 def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in content.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        inner = isinstance(value, dict) and value  # an empty group is a choice too, such as of an objective
+        flat |= _flatten(value, f"{prefix}{name}.") if inner else {prefix + name: value}
     return flat

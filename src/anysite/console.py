@@ -257,7 +257,8 @@ def show_job(outcome: JobOutcome, number: int, total: int, seconds_left: float) 
         values = [
             r["value"]
             for r in outcome.rows
-            if (r["split"], r["metric"], r.get("corruption", "none")) == (split, "dice", "none")
+            if (r["split"], r["metric"], r.get("corruption", "none"), r.get("adapt", "none"))
+            == (split, "dice", "none", "none")
             and r["value"] is not None
         ]
         if values:

@@ -60,6 +60,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
         "seconds",
         "threads",
         "commit",
+        "started_from",
     )
     return {
         "kind": "run",

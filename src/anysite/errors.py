@@ -23,6 +23,11 @@ class AnysiteError(Exception):
         super().__init__(f"{self.where}: {text}" if self.where else text)
 
 
+# What one case of a batch may raise: memory that runs out for one large image, or a network that cannot take it, says
+# nothing of the next.
+CASE_ERRORS = (AnysiteError, OSError, RuntimeError, MemoryError, ValueError, ArithmeticError)
+
+
 def describe_error(error: BaseException) -> str:
     """Return one line on any error: our own as it is, another's by its type and first line."""
     if isinstance(error, AnysiteError):

@@ -24,7 +24,7 @@ from anysite.data import files
 from anysite.data.case import Case, Dataset
 from anysite.data.probabilities import read_probabilities
 from anysite.data.volume import Volume
-from anysite.errors import AnysiteError, DataError, FileFormatError, GeometryError, LabelError
+from anysite.errors import CASE_ERRORS, DataError, FileFormatError, GeometryError, LabelError, describe_error
 from anysite.judgement import UNADAPTED_DICE
 from anysite.manifest import (
     MANIFESTS,
@@ -41,6 +41,7 @@ from anysite.rows import (
     Row,
     describe_adaptation,
     describe_verdict,
+    name_adapter,
     rows_of,
     summarise,
     write_rows,
@@ -121,8 +122,9 @@ def evaluate(
             result += describe_verdict(entry.get("verdict")) + describe_adaptation(entry.get("adaptation"))
             if (unadapted := unadapted_name(path.name)) in manifest["files"]:
                 result += _score_unadapted(case, folder / unadapted, dataset)
-        except AnysiteError as error:
-            result = str(error)
+        except CASE_ERRORS as error:
+            result = case.without_folders(describe_error(error))
+            result = result.replace(f"{folder}/", "").replace(str(folder), folder.name)
         on_case(case.id)
         return case, result, counts
 
@@ -331,15 +333,16 @@ def _find_mask(folder: Path, case: Case, manifest: dict[str, Any]) -> Path | Non
 def _describe(manifest: dict[str, Any], dataset: Dataset) -> Row:
     known = manifest["runs"]
     first = known[0] if known else {}
+    labelled = first.get("config", {}).get("train", {}).get("labelled_patients")
     return {
         "dataset": dataset.name,
         "method": first.get("preset", "unknown"),
-        "adapt": "none",
+        "adapt": name_adapter(manifest.get("settings", {}).get("adapt", {})),
         "seed": "+".join(str(run["seed"]) for run in known) if len(known) > 1 else first.get("seed"),
         "train_domains": "+".join(first.get("train_domains", ())),
         "corruption": "none",
         "severity": 0,
-        "labels": "all",
+        "labels": str(labelled or "all"),
         "commit": first.get("commit", ""),
         "config": manifest.get("origin", ""),
     }

@@ -16,7 +16,7 @@ from anysite import config, runs
 from anysite.calibration import CALIBRATION_METRICS
 from anysite.corrupt import corrupt, fingerprint
 from anysite.data.case import Case, Dataset
-from anysite.errors import AnysiteError, DataError
+from anysite.errors import CASE_ERRORS, DataError
 from anysite.evaluate import evaluate, score_probabilities, score_volume
 from anysite.judgement import ADAPTED, VERDICT, is_judgement
 from anysite.metrics import METRICS, Score
@@ -70,8 +70,7 @@ class Job:
     @property
     def settings(self) -> config.Config:
         """The preset as it is now, with the job's overrides, seed, test sites and number of labelled patients."""
-        sites = ", ".join(f'"{domain}"' for domain in self.test_domains)
-        own = [f"seed={self.seed}", f"test_domains=[{sites}]"]
+        own = [f"seed={self.seed}", config.override_sites(self.test_domains)]
         if self.labels is not None:
             own.append(f"train.labelled_patients={self.labels}")
         return config.load(self.method, [*self.overrides, *own])
@@ -268,7 +267,7 @@ def _judge_others(members: Sequence[runs.Run], name: str, path: Path, common: Ro
     for case in open_dataset(path).cases_by_turns[:OTHER_CASES]:
         try:
             verdict = segmenter.segment(case.image()).verdict
-        except (AnysiteError, RuntimeError, MemoryError, ValueError, ArithmeticError):  # as in prediction
+        except CASE_ERRORS:
             verdict = None
         scores = describe_verdict(asdict(verdict)) if verdict else [Score(ALL_CLASSES, VERDICT, None, "1")]
         rows += rows_of(scores, case, OTHER, common | {"other": name})

@@ -16,7 +16,7 @@ from anysite.data.case import Case, Dataset
 from anysite.data.probabilities import read_probabilities
 from anysite.data.volume import Volume
 from anysite.detectors import Output
-from anysite.errors import AnysiteError, ConfigError, DataError, GeometryError, describe_error
+from anysite.errors import CASE_ERRORS, ConfigError, DataError, GeometryError, describe_error
 from anysite.evaluate import as_class_indices
 from anysite.judge import LEAST, Judge, Reference
 from anysite.manifest import MANIFESTS
@@ -99,7 +99,7 @@ class MaskJudge:
         for case in cases:
             try:
                 verdict = self.judge.judge(self._observe(case, folders))
-            except (AnysiteError, RuntimeError, MemoryError, ValueError, ArithmeticError) as error:
+            except CASE_ERRORS as error:
                 text = case.without_folders(describe_error(error))
                 for folder in folders:
                     text = text.replace(f"{folder}/", "").replace(str(folder), folder.name)

@@ -55,10 +55,21 @@ class Learner(nn.Module):
             losses |= {term: weight * value for term, value in terms.items()}
         diagnostics: dict[str, Tensor] = {}
         if compare:
-            diagnostics["effective_rank"] = effective_rank(step.features[-1])
+            diagnostics["effective_rank"] = effective_rank(self._look_at_bottleneck(step))
             if len(losses) > 1:
                 diagnostics |= compare_gradients(losses, self.network)
         return {**losses, **diagnostics, "total": torch.stack(list(losses.values())).sum()}
+
+    def _look_at_bottleneck(self, step: Step) -> Tensor:
+        """Return the bottleneck's features, without moving running statistics where no objective asked for them."""
+        if "features" in vars(step):
+            return step.features[-1]
+        learning = self.network.training
+        try:
+            with torch.no_grad():
+                return self.network.eval().encode(step.image)[-1]
+        finally:
+            self.network.train(learning)
 
     def after_step(self) -> None:
         """Let every objective follow the network after an optimizer step."""
@@ -106,8 +117,11 @@ def build_learner(config: Config, plan: Plan, domains: tuple[str, ...]) -> Learn
             expected="one that teaches the network",
             fix="add objectives.supervised={}, or give a trained network by pretrained",
         )
+    supervision = {k: v for k, v in config.objectives.get("supervised", {}).items() if k != "weight"}
+    registry.build("objective", "supervised", **supervision)
     for name, settings in config.objectives.items():
         objective = registry.build("objective", name, **settings)
+        objective.supervision = supervision
         objective.attach(network, plan, domains)
         objectives[name.replace(".", "_")] = objective
     learner = Learner(network, objectives)

@@ -85,6 +85,7 @@ class Training:
         )
         self.wrapped, self.optimizer = self.fabric.setup(self.learner, optimizer)
         self.steps = self.settings.steps
+        self.began, self.earlier_s = time.monotonic(), 0.0  # of this process, and of those that it continues
 
     def run(self) -> None:
         """Train from `step` up to `steps`, validating and saving on the way.
@@ -197,6 +198,7 @@ class Training:
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items()}
         facts = {"step": self.step, "steps": self.steps, "dice": self.dice, "data": self.data}
+        facts["seconds"] = self.earlier_s + time.monotonic() - self.began
         self._write_log()  # first: a checkpoint without its log could not be continued
         runs.save_tensors(
             self.output / runs.CHECKPOINT, tensors, facts | {"circumstances": self.circumstances}
@@ -230,6 +232,7 @@ class Training:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.learner.load_state_dict({name.removeprefix("learner."): t for name, t in tensors.items()})
         self.step, self.steps, self.dice = facts["step"], facts["steps"], facts["dice"]
+        self.earlier_s = facts.get("seconds", 0.0)
         lines = (self.output / runs.LOG).read_text(encoding="utf-8").splitlines()
         self.log = [entry for line in lines if (entry := json.loads(line))["step"] <= self.step]
 

@@ -167,6 +167,18 @@ class _Pool:
         return cases[int(chooser.integers(len(cases)))]
 
 
+def choose_batch_size(train: TrainSettings, plan: Plan) -> int:
+    """Return how many patches a batch has.
+
+    Raises:
+        ConfigError: too few to share between labelled images and others.
+    """
+    size = train.batch_size or (8 if plan.dimension == 2 else 2)
+    if size == 1 and train.unlabelled_share:
+        raise ConfigError("1", where="train.batch_size", expected="2 or more with unlabelled_share")
+    return size
+
+
 class PatchSampler:
     """Draws augmented training batches; `batch(step)` depends on (seed, rank, step) and nothing else.
 
@@ -182,6 +194,7 @@ class PatchSampler:
         augmentation: AugmentSettings,
         seed: int,
         rank: int = 0,
+        processes: int = 1,
     ) -> None:
         if not cases:
             raise DataError("no training cases are left", expected="at least one labelled source case")
@@ -189,13 +202,11 @@ class PatchSampler:
         channelwise = augmentation.channelwise and not plan.context_slices
         self.cases, self.plan = cases, plan
         self.augmentation = augmentation.model_copy(update={"channelwise": channelwise})
-        self.batch_size = train.batch_size or (8 if plan.dimension == 2 else 2)
+        self.batch_size = choose_batch_size(train, plan)
         self.foreground_fraction, self.sampling = train.foreground_fraction, train.sampling
-        self.seed, self.rank = seed, rank
+        self.seed, self.rank, self.processes = seed, rank, processes
         self.pools = [(_Pool(cases, train.sampling), self.batch_size)]
         if train.unlabelled_share and len({bool(case.known) for case in cases}) == 2:
-            if self.batch_size == 1:
-                raise ConfigError("1", where="train.batch_size", expected="2 or more with unlabelled_share")
             without = min(self.batch_size - 1, max(1, round(train.unlabelled_share * self.batch_size)))
             self.pools = [
                 (_Pool([case for case in cases if case.known], train.sampling), self.batch_size - without),
@@ -207,7 +218,8 @@ class PatchSampler:
         chooser = np.random.default_rng([self.seed, self.rank, step])
         images, labels, chosen = [], [], []
         drawn = [
-            pool.choose(chooser, step * count + position)
+            # Of several processes each takes its turn, so that together they go through the sites.
+            pool.choose(chooser, (step * self.processes + self.rank) * count + position)
             for pool, count in self.pools
             for position in range(count)
         ]

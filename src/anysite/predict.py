@@ -15,7 +15,7 @@ from anysite.data.case import Case, Dataset
 from anysite.data.layouts import find_cases, open_dataset, open_images
 from anysite.data.probabilities import read_probabilities, write_probabilities
 from anysite.data.volume import Volume
-from anysite.errors import AnysiteError, ConfigError, DataError, describe_error
+from anysite.errors import CASE_ERRORS, ConfigError, DataError, describe_error
 from anysite.manifest import (
     Manifest,
     describe_case,
@@ -161,11 +161,11 @@ def predict(
     if adapt is not None:
         settings = choose_adapter(settings, adapt)
     _require_apart(cases, output, settings.format)
+    counted = [runs.WEIGHTS, runs.CALIBRATION, runs.JUDGE]
+    if settings.adapt.method != "none":
+        counted.append(runs.REFLECTION)
     origin = {
-        "runs": [
-            [run.manifest["files"].get(name) for name in (runs.WEIGHTS, runs.CALIBRATION, runs.JUDGE)]
-            for run in run_folders
-        ],
+        "runs": [[run.manifest["files"].get(name) for name in counted] for run in run_folders],
         "settings": settings.model_dump(),
     }
     facts = {
@@ -213,8 +213,7 @@ def _attempt_case(
     error = ""
     try:
         entry |= _predict_case(segmenter, case, manifest, save_probabilities)
-    # Memory that runs out for one large image, or a network that cannot take it, says nothing of the next.
-    except (AnysiteError, OSError, RuntimeError, MemoryError, ValueError, ArithmeticError) as caught:
+    except CASE_ERRORS as caught:
         error = describe_error(caught)
         mask = manifest.output / mask_name(case, segmenter.settings.format)
         entry |= {"status": "failed", "error": _without_folders(error, case, mask)}

@@ -39,12 +39,25 @@ def reflect(
         replace: Learn anew where the run has them already.
 
     Raises:
-        RunError: no finished training, another dataset, or the run has them already.
+        RunError: no finished training, another dataset, the run has them already, or another process works on it.
         ConfigError: settings that do not exist or do not fit.
         TrainingError: a loss or gradient that is not finite.
         InterruptedTraining: SIGTERM or SIGINT arrived; a checkpoint was saved.
     """
     run = runs.open_run(path)
+    with runs.locked(run.path):
+        return _reflect(dataset, run, settings, steps, replace, on_progress)
+
+
+def _reflect(
+    dataset: Dataset,
+    run: runs.Run,
+    settings: Mapping[str, Any] | None,
+    steps: int | None,
+    replace: bool,
+    on_progress: Callable[[Progress], None],
+) -> runs.Run:
+    path = run.path
     if runs.is_pretraining(run):
         raise RunError("a pretraining, which segments nothing", where=path, expected="a run of anysite train")
     registry.build("objective", "reflection", **(settings or {}))
@@ -68,7 +81,12 @@ def reflect(
             "calibration": CalibrationSettings(kind="none"),
             "judge": JudgeSettings(detectors={}),
             "train": run.config.train.model_copy(
-                update={"steps": steps or run.config.train.steps, "diagnose_every": 0}
+                # The network does not change, so that nothing is to be validated.
+                update={
+                    "steps": steps or run.manifest.get("steps", run.config.train.steps),
+                    "diagnose_every": 0,
+                    "validation_cases": 0,
+                }
             ),
         }
     )

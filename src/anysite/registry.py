@@ -121,8 +121,13 @@ def build(kind: str, name: str, /, *arguments: Any, **settings: Any) -> Any:
                 f"{kind} {name!r} has no setting {setting!r}",
                 expected=_suggest(setting, dict.fromkeys(known)),
             )
-    hints = get_type_hints(method.__init__)
+    try:
+        hints = get_type_hints(method.__init__)
+    except NameError:  # imported for type checking alone, by a class outside anysite
+        hints = {}
     for setting, value in settings.items():
+        if setting not in hints:
+            continue
         try:
             settings[setting] = TypeAdapter(hints[setting]).validate_python(value)
         except ValidationError as error:

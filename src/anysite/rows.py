@@ -27,6 +27,12 @@ OF_A_RUN = (
 SHARED = "shared"
 
 
+def name_adapter(settings: Mapping[str, Any]) -> str:
+    """Return the name that `--adapt` takes, from the settings of an adaptation."""
+    always = not (settings.get("only_shifted", True) or settings.get("guard", True))
+    return f"{settings.get('method', 'none')}{':always' if always else ''}"
+
+
 def describe_verdict(verdict: Mapping[str, Any] | None) -> list[Score]:
     """Return what was said of a mask as values: the decision, every score, and the Dice to expect.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from anysite import compute, registry
 from anysite.adapters import Adapter
+from anysite.augment import choose_flip_axes
 from anysite.calibration import Temperature
 from anysite.config import Config
 from anysite.data.volume import Volume
@@ -130,7 +131,7 @@ class Segmenter:
         if any(adaptation.kept for adaptation in adaptations):
             unadapted, _ = self._decide(GridMaps(native, tuple(first)))
         verdict = None
-        if verdicts:
+        if verdicts or agreement is not None:  # what networks disagree about needs no judge
             empty, least_dice = not label.array.any(), self.settings.least_dice
             verdict = average_verdicts(verdicts, self.reasons, empty, least_dice, agreement)
         overlapping = bool(self.plan.regions)
@@ -372,8 +373,7 @@ def flip_combinations(plan: Plan, config: Config) -> list[tuple[int, ...]]:
     augment = config.augment
     if not augment.enabled or augment.flip == 0:
         return [()]
-    axes = range(plan.dimension) if augment.flip_axes is None else augment.flip_axes
-    tensor_axes = [axis + 2 for axis in axes]
+    tensor_axes = [axis + 2 for axis in choose_flip_axes(augment, plan.dimension)]
     sets = itertools.chain.from_iterable(
         itertools.combinations(tensor_axes, count) for count in range(len(tensor_axes) + 1)
     )

@@ -17,6 +17,7 @@ from lightning_fabric import Fabric
 
 from anysite import compute, registry, runs
 from anysite.assess import assess
+from anysite.augment import choose_flip_axes
 from anysite.config import Config, differing_settings
 from anysite.data.case import Dataset
 from anysite.data.check import require_sound
@@ -25,7 +26,7 @@ from anysite.judge import Judge
 from anysite.learner import build_learner, needs_labels
 from anysite.loop import Progress, Training
 from anysite.networks import Network, encoder_tensors
-from anysite.patches import PatchSampler, PreparedCases
+from anysite.patches import PatchSampler, PreparedCases, choose_batch_size
 from anysite.plan import Plan
 from anysite.planning import learn_plan
 from anysite.settings import PretrainSettings
@@ -50,7 +51,8 @@ def train(
 
     Args:
         budget_s: Wall-clock seconds; the number of steps is then chosen from the measured time of a step.
-        resume: Continue an interrupted run; on CPU the result is bit-identical to an uninterrupted one.
+        resume: Continue an interrupted run; on CPU the result is bit-identical to an uninterrupted one. Where none
+            is there, one is started.
         facts: Anything to keep in the run's manifest, such as the preset's name.
         plan: To follow instead of learning one from the training cases.
 
@@ -58,7 +60,7 @@ def train(
         ConfigError: settings that do not fit each other or the data.
         FaultyDataError: errors in files of training sites, all of them listed; test sites are not read.
         DataError: cases that cannot be used.
-        RunError: `output` already holds a run, or no checkpoint that `resume` could continue.
+        RunError: `output` already holds a run that is not to be resumed, or cannot be.
         TrainingError: a loss or gradient that is not finite.
         InterruptedTraining: SIGTERM or SIGINT arrived; a checkpoint was saved.
     """
@@ -128,6 +130,8 @@ def _start(job: _Job) -> None:
     if job.config.predict.task:
         plan.for_task(job.config.predict.task)
     learner = build_learner(job.config, plan, domains)  # so that a wrong setting leaves no run folder behind
+    choose_flip_axes(job.config.augment, plan.dimension)
+    choose_batch_size(job.config.train, plan)
     _check_start(job, splits, learner.network)
     Judge(job.config.judge)  # as above
     facts = {
@@ -183,7 +187,7 @@ def _fit(fabric: Fabric, job: _Job) -> None:
         now = time.monotonic()
         facts = {
             "steps": training.steps,
-            "seconds": round(now - job.started, 1),
+            "seconds": round(training.earlier_s + now - job.started, 1),
             "seconds_judging": round(now - trained, 1),
             "share_of_time_waiting_for_batches": round(training.waited_s / max(trained - began, 1e-9), 4),
             "threads": threads,
@@ -281,8 +285,9 @@ def build_training(
     memory_gb = config.train.cache_memory_gb
     cases = PreparedCases(splits.training, plan, domains, memory_gb, splits.unlabelled)
     sampler = PatchSampler(
-        cases.cases, plan, config.train, config.augment, config.training_seed, fabric.global_rank
-    )
+        cases.cases, plan, config.train, config.augment, config.training_seed, fabric.global_rank,
+        fabric.world_size,
+    )  # fmt: skip
     torch.manual_seed(config.training_seed)
     learner = build_learner(config, plan, domains)
     for module in learner.modules():  # also the teacher that an objective may keep

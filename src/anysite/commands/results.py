@@ -128,6 +128,11 @@ def benchmark(
     began, failed = time.monotonic(), 0
     waiting = benchmarking.unfinished(jobs, output)
     console.say(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them done before")
+    if strangers := benchmarking.count_others(jobs, output):
+        console.say(
+            f"{output} also has rows of {strangers} of these jobs from other settings or another budget, which a "
+            "report cannot tell apart; give --output another file to keep them so"
+        )
     outcomes = benchmarking.benchmark(waiting, output, parallel=parallel, keep_runs=keep_runs)
     for finished, outcome in enumerate(outcomes, start=1):
         failed += bool(outcome.error)

@@ -72,8 +72,14 @@ def pretrain(
         raise ConfigError(f"--method {method}, which needs labels", fix="use anysite train")
     settings = config.load(preset, _overrides(set_, test_domain, seed))
     chosen = settings.objectives | settings.pretrain.objectives
+    given = settings.pretrain.model_fields_set - {"objectives"}
+    of_train = {name: getattr(settings.pretrain, name) for name in given}
     settings = settings.model_copy(
-        update={"objectives": {method: chosen.get(method, {})}, "pretrain": PretrainSettings()}
+        update={
+            "objectives": {method: chosen.get(method, {})},
+            "pretrain": PretrainSettings(),
+            "train": settings.train.model_copy(update=of_train),
+        }
     )
     try:
         dataset = find_cases(images)
@@ -110,9 +116,11 @@ def reflect(
 
 
 def _overrides(set_: list[str] | None, test_domain: list[str] | None, seed: int | None) -> list[str]:
+    from anysite.config import override_sites
+
     overrides = list(set_ or [])
     if test_domain:
-        overrides.append("test_domains=[" + ", ".join(f'"{name}"' for name in test_domain) + "]")
+        overrides.append(override_sites(test_domain))
     if seed is not None:
         overrides.append(f"seed={seed}")
     return overrides

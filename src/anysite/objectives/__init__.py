@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -56,6 +57,7 @@ class Objective(nn.Module):
     Attributes:
         needs_label: Whether it reads `Step.label`; a training whose objectives all do without is a pretraining.
         teaches_network: Whether the network feels it; otherwise it trains modules of its own beside the network.
+        supervision: Settings of the objective `supervised`, for those that supervise a further pass the same way.
     """
 
     needs_label: ClassVar[bool] = True
@@ -64,6 +66,7 @@ class Objective(nn.Module):
     def __init__(self, *, weight: float = 1.0) -> None:
         super().__init__()
         self.weight = weight
+        self.supervision: Mapping[str, Any] = {}
 
     def attach(self, network: Network, plan: Plan, domains: tuple[str, ...]) -> None:
         """Build what depends on the network, the plan or the number of training sites."""

@@ -102,7 +102,7 @@ class MedContext(Objective):
     def attach(self, network: Network, plan: Plan, domains: tuple[str, ...]) -> None:
         """Fit the blocks to patch and tokens, and build the teacher."""
         self.overlapping = bool(plan.regions)
-        self.supervised = Supervised()
+        self.supervised = Supervised(**self.supervision)
         self.supervised.attach(network, plan, domains)
         side = min(self.block_voxels, max(1, max(plan.patch_size) // 4))
         tokens = network.token_voxels

@@ -87,7 +87,7 @@ class RamDsir(Objective):
     def attach(self, network: Network, plan: Plan, domains: tuple[str, ...]) -> None:
         """Build the restoration decoder on the network's bottleneck, with statistics for every site."""
         self.overlapping, self.domains = bool(plan.regions), len(domains)
-        self.supervised = Supervised()
+        self.supervised = Supervised(**self.supervision)
         self.supervised.attach(network, plan, domains)
         if self.restoration_weight:
             # Thick slices, which the network keeps at full resolution, are restored so.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +50,7 @@ class Row(BaseModel):
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
-            value = [name.strip() for name in re.split(r"[,+]", value) if name.strip()]
+            value = [name.strip() for name in value.split("+") if name.strip()]
         return tuple(sorted(value)) if isinstance(value, list) else value or ()
 
     @field_validator("value")
