@@ -271,6 +271,23 @@ def test_weights_that_saw_what_is_tested_are_refused(phantom: Dataset, tmp_path:
     assert not (tmp_path / "other" / runs.MANIFEST).exists()
 
 
+def test_what_earlier_runs_saw_is_remembered_and_ids_of_other_datasets_are_told_of(
+    phantom: Dataset, tmp_path: Path
+) -> None:
+    one_step = "train.steps=1"
+    first = train(phantom, pretraining(one_step, 'test_domains=["east"]'), tmp_path / "first")
+    north = phantom.with_cases(case for case in phantom.cases if case.domain == "north")
+    second = train(north, small_config(one_step, f"pretrained={first.path}"), tmp_path / "second")
+    chained = small_config(one_step, 'test_domains=["west"]', f"pretrained={second.path}")
+    with pytest.raises(ConfigError, match="cases that this training holds out or tests"):
+        train(phantom, chained, tmp_path / "third")
+    notes: list[str] = []
+    renamed = replace(phantom, name="the same under another name")
+    other = small_config(one_step, 'test_domains=["west"]', f"pretrained={first.path}")
+    train(renamed, other, tmp_path / "renamed", on_progress=lambda progress: notes.append(progress.note))
+    assert any("learned from another dataset in which" in note for note in notes)
+
+
 def test_both_stages_in_one_training(phantom: Dataset, tmp_path: Path) -> None:
     """The pretraining sees the images of the training sites, of patients that are not held out, and no others."""
     config = small_config(

@@ -31,7 +31,7 @@ from anysite.plan import Plan
 from anysite.planning import learn_plan
 from anysite.settings import PretrainSettings
 from anysite.splits import Splits, split
-from anysite.transfer import locate_start, open_start, require_unseen, transfer
+from anysite.transfer import cases_seen, locate_start, open_start, require_unseen, transfer
 
 
 def train(
@@ -217,7 +217,11 @@ def _check_start(job: _Job, splits: Splits, network: Network) -> None:
             raise ConfigError("both pretrained and pretrain.objectives", expected="one of the two")
         run = open_start(config.pretrained, job.output)
         transfer(run, network)
-        require_unseen(run, job.dataset, splits)
+        if doubtful := require_unseen(run, job.dataset, splits):
+            job.warn(
+                f"{run.path.name} learned from another dataset in which {len(doubtful)} cases have the ids of cases "
+                f"held out or tested here, such as {doubtful[0]}; if they are the same images, results will be too good"
+            )
 
 
 def _load_start(fabric: Fabric, job: _Job, training: Training) -> None:
@@ -229,7 +233,8 @@ def _load_start(fabric: Fabric, job: _Job, training: Training) -> None:
         run = open_start(config.pretrained, job.output)
     else:
         return
-    started_from = {"run": run.path.name, **asdict(transfer(run, training.learner.network))}
+    seen = {dataset: sorted(ids) for dataset, ids in cases_seen(run).items()}
+    started_from = {"run": run.path.name, "seen": seen, **asdict(transfer(run, training.learner.network))}
     if fabric.is_global_zero:
         runs.note(job.output, started_from=started_from)
 

@@ -101,23 +101,35 @@ def transfer(run: runs.Run, network: Network) -> Transfer:
     return result
 
 
-def require_unseen(run: runs.Run, dataset: Dataset, splits: Splits) -> None:
+def cases_seen(run: runs.Run) -> dict[str, set[str]]:
+    """Return the ids of all cases that a run learned from, by dataset, with those of the runs it started from."""
+    started_from = run.manifest.get("started_from", {})
+    seen = {dataset: set(ids) for dataset, ids in started_from.get("seen", {}).items()}
+    own = {*run.splits["training"], *run.splits.get("unlabelled", ())}
+    if (run.path / "pretraining" / runs.SPLITS).is_file():
+        own |= {*runs.read_splits(run.path / "pretraining")["training"]}
+    seen.setdefault(run.manifest.get("dataset", ""), set()).update(own)
+    return seen
+
+
+def require_unseen(run: runs.Run, dataset: Dataset, splits: Splits) -> list[str]:
     """Refuse weights that have learned from what this training is tested on.
 
+    Returns the ids of such cases that datasets of other names have too, which may be the same images or not.
+
     Raises:
-        ConfigError: the earlier run saw test or held-out cases of this one.
+        ConfigError: the earlier run, or one that it started from, saw test or held-out cases of this one.
     """
-    seen = {*run.splits["training"], *run.splits.get("unlabelled", ())}
-    if (run.path / "pretraining" / runs.SPLITS).is_file():
-        seen |= {*runs.read_splits(run.path / "pretraining")["training"]}
+    seen = cases_seen(run)
     kept_out = {case.id for case in (*splits.held_out.cases, *splits.test.cases)}
-    if run.manifest.get("dataset") == dataset.name and (both := sorted(seen & kept_out)):
+    if both := sorted(seen.pop(dataset.name, set()) & kept_out):
         raise ConfigError(
             f"a run that learned from {len(both)} cases that this training holds out or tests, such as {both[0]}",
             where=f"pretrained={run.path}",
             expected="one of other cases",
             fix="give both the same seed and test sites, or pretrain in the same command by pretrain.objectives",
         )
+    return sorted(kept_out.intersection(*[set[str]().union(*seen.values())]))
 
 
 def _takes_the_image(weight: Tensor, channels: int) -> bool:
