@@ -91,30 +91,34 @@ class PreparedCases:
         digest = hashlib.sha256()
         for case in self.cases:
             digest.update(f"{case.case.domain}/{case.case.id}".encode())
-            digest.update(case.image.numpy().tobytes())
-            digest.update(case.label.numpy().tobytes())
+            for tensor in (case.image, case.label):
+                digest.update(np.ascontiguousarray(tensor.numpy()).data.cast("B"))
         return digest.hexdigest()[:16]
 
     def _move_to_disk(self, prepared: PreparedCase, index: int) -> PreparedCase:
-        path = None
         try:
             if self.folder is None:
                 self.folder = Path(tempfile.mkdtemp(prefix="anysite-"))
-                weakref.finalize(
-                    self, shutil.rmtree, self.folder, ignore_errors=True
-                )  # at exit at the latest
-            path = self.folder / f"{index}.npy"
-            np.save(path, prepared.image.numpy(), allow_pickle=False)
-            mapped = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+                # At exit at the latest.
+                weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+            image = _map(prepared.image, self.folder / f"{index}.npy")
+            label = _map(prepared.label, self.folder / f"{index}_label.npy")
         except OSError as error:
             raise DataError(
                 f"prepared cases cannot be written ({error.strerror or error})",
-                where=path or "the folder for temporary files",
+                where=self.folder or "the folder for temporary files",
                 fix="free space, let TMPDIR name a larger disk, or raise train.cache_memory_gb",
             ) from error
-        with suppress(OSError):  # Windows keeps a file that is open
-            path.unlink()  # the mapping stays, and a killed process leaves nothing behind
-        return replace(prepared, image=mapped)
+        return replace(prepared, image=image, label=label)
+
+
+def _map(tensor: Tensor, path: Path) -> Tensor:
+    """Return a tensor that lies in a file without a name: a killed process leaves nothing behind."""
+    np.save(path, tensor.numpy(), allow_pickle=False)
+    mapped = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+    with suppress(OSError):  # Windows keeps a file that is open
+        path.unlink()
+    return mapped
 
 
 def prepare(case: Case, dataset: Dataset, plan: Plan, domain: int) -> PreparedCase:
