@@ -256,7 +256,7 @@ def benchmark_rows() -> list[dict]:
     rows = []
     for method, gain in (("erm", 0.0), ("mix", 0.03), ("bad", -0.01)):
         for seed, left in itertools.product((0, 1), "ABC"):
-            train = ",".join(site for site in "ABC" if site != left)
+            train = "+".join(site for site in "ABC" if site != left)
             run = {"method": method, "seed": seed, "train_domains": train}
             rows.append(row("train_seconds", 90.0, **run, case=""))
             for site, index in itertools.product("ABC", range(5)):

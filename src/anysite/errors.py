@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class AnysiteError(Exception):
     """An error whose one-line text names the place, the finding, the expectation and the remedy.
@@ -34,6 +39,12 @@ def describe_error(error: BaseException) -> str:
         return str(error)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def describe_invalid(error: ValidationError) -> str:
+    """Return the place and the text of the first fault that pydantic found."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}"
 
 
 class ConfigError(AnysiteError):

@@ -23,7 +23,14 @@ from torch import Tensor, nn
 
 from anysite import __version__, atomic, config, registry
 from anysite.calibration import Temperature
-from anysite.errors import AnysiteError, ConfigError, FileFormatError, RunError, describe_error
+from anysite.errors import (
+    AnysiteError,
+    ConfigError,
+    FileFormatError,
+    RunError,
+    describe_error,
+    describe_invalid,
+)
 from anysite.judge import Judge
 from anysite.learner import build_network
 from anysite.networks import Network
@@ -176,8 +183,7 @@ def read_plan(path: Path) -> Plan:
     try:
         return Plan.model_validate(_read_part(path / PLAN))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise RunError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=path / PLAN) from None
+        raise RunError(describe_invalid(error), where=path / PLAN) from None
 
 
 def read_splits(path: Path) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from anysite import atomic
 from anysite.data import files
 from anysite.data.case import Case
-from anysite.errors import DataError
+from anysite.errors import DataError, describe_invalid
 
 EXPECTED = '{"training": [{"image": "a.nii.gz", "label": "a_label.nii.gz"}, ...]}'
 
@@ -50,9 +50,8 @@ def read_datalist(path: Path, default_domain: str) -> list[Case]:
             try:
                 listed = ListedImage.model_validate({"image": entry} if isinstance(entry, str) else entry)
             except ValidationError as error:
-                first = error.errors()[0]
-                field = ".".join([key, str(index), *map(str, first["loc"])])
-                raise DataError(f"{field}: {first['msg']}", where=path, expected=EXPECTED) from None
+                found = f"{key}.{index}.{describe_invalid(error)}"
+                raise DataError(found, where=path, expected=EXPECTED) from None
             images = [listed.image] if isinstance(listed.image, str) else listed.image
             if not images:
                 raise DataError(f"{key}.{index} without an image", where=path, expected=EXPECTED)

@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from anysite.data.case import Dataset, Task
-from anysite.errors import DataError
+from anysite.errors import DataError, describe_invalid
 
 AUTOMATIC = re.compile(r"foreground|class_\d+")  # names that say nothing beyond their dataset
 ORGAN = "organ"
@@ -64,11 +64,8 @@ def read_joint(path: Path) -> tuple[JointDeclaration, dict[str, Path]]:
     try:
         declaration = JointDeclaration.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise DataError(
-            f"{key}: {first['msg']}", where=path, expected='{"name", "datasets": {name: {"path"}}}'
-        ) from None
+        expected = '{"name", "datasets": {name: {"path"}}}'
+        raise DataError(describe_invalid(error), where=path, expected=expected) from None
     for name in declaration.datasets:
         if not re.fullmatch(r"[\w-]+", name):
             raise DataError(f"dataset {name!r}", where=path, expected="a name of letters, digits, _ and -")

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 import anysite
 from anysite import atomic
 from anysite.data.check import Inspection, Problem, Shift, SiteSummary
-from anysite.errors import FileFormatError
+from anysite.errors import FileFormatError, describe_invalid
 from anysite.report.charts import histogram_plot
 from anysite.report.template import render
 
@@ -69,9 +69,7 @@ def read_audit(path: Path) -> Audit:
     try:
         return describe_inspection(TypeAdapter(Inspection).validate_python(atomic.read_json(path)), path.stem)
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"])) or "content"
-        raise FileFormatError(f"{place}: {problem['msg']}", where=path, expected=expected) from None
+        raise FileFormatError(describe_invalid(error), where=path, expected=expected) from None
     except (ValueError, IndexError):  # numbers that do not fit together
         raise FileFormatError(
             "sites and distances that do not fit together", where=path, expected=expected

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from anysite import atomic
-from anysite.errors import DataError, FileFormatError
+from anysite.errors import DataError, FileFormatError, describe_invalid
 from anysite.rows import SHARED, number_rows
 
 
@@ -205,7 +205,9 @@ def _read_predictions(folder: Path) -> Predictions:
         try:
             parts.append(Predictions.model_validate(atomic.read_json(path)))
         except ValidationError as error:
-            raise FileFormatError(_first(error), where=path, expected="the record of a prediction") from None
+            raise FileFormatError(
+                describe_invalid(error), where=path, expected="the record of a prediction"
+            ) from None
     cases = {name: case for part in parts for name, case in part.cases.items()}
     for name, verdict in _read_verdicts(folder).items():
         if name in cases:
@@ -219,7 +221,7 @@ def _read_reliability(path: Path) -> dict[str, Reliability]:
     try:
         return TypeAdapter(dict[str, Reliability]).validate_python(atomic.read_json(path))
     except ValidationError as error:
-        raise FileFormatError(_first(error), where=path, expected="counts by split") from None
+        raise FileFormatError(describe_invalid(error), where=path, expected="counts by split") from None
 
 
 def _read_verdicts(folder: Path) -> dict[str, PredictedVerdict]:
@@ -252,12 +254,9 @@ def _read_rows(path: Path) -> tuple[Row, ...]:
             row = Row.model_validate(content)
         except ValidationError as error:
             raise FileFormatError(
-                _first(error), where=f"{path}:{number}", expected="a result row with metric and value"
+                describe_invalid(error),
+                where=f"{path}:{number}",
+                expected="a result row with metric and value",
             ) from None
         rows[row.key] = row
     return tuple(rows.values())
-
-
-def _first(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc'])) or 'content'}: {problem['msg']}"

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from anysite import atomic
-from anysite.errors import FileFormatError
+from anysite.errors import FileFormatError, describe_invalid
 from anysite.report.charts import trace_plot
 from anysite.report.previews import Preview, read_preview
 
@@ -53,7 +53,7 @@ def read_training(path: Path) -> Training:
     try:
         facts = RunFacts.model_validate(atomic.read_json(path / MANIFEST))
     except ValidationError as error:
-        raise FileFormatError(str(error.errors()[0]["msg"]), where=path / MANIFEST) from None
+        raise FileFormatError(describe_invalid(error), where=path / MANIFEST) from None
     return Training(path.resolve().name, facts, tuple(_traces(path / LOG)), tuple(_previews(path)))
 
 
