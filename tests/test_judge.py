@@ -390,7 +390,9 @@ def test_an_ensemble_has_one_verdict_from_both_judges(sites: Dataset, run: Run) 
     assert twice.scores == {**own, "ensemble": 0.0}  # a network agrees with itself
     unjudged = replace(run, judge=None)
     assert Segmenter([unjudged]).segment(image).verdict is None
-    assert Segmenter([unjudged, unjudged]).segment(image).verdict is None
+    both = Segmenter([unjudged, unjudged]).segment(image).verdict
+    assert both is not None
+    assert (both.decision, both.scores) == ("accept", {"ensemble": 0.0})
     assert Segmenter([unjudged, run]).segment(image).verdict == twice
 
 

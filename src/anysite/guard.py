@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Float
 
 from anysite.detectors import Output
 from anysite.judge import Verdict
@@ -64,9 +63,9 @@ def find_fault(settings: AdaptSettings, before: Output, after: Output) -> tuple[
     """
     if not np.isfinite(after.probabilities).all():
         return "probabilities that are not finite", 1.0
-    old, new = find_foreground(before), find_foreground(after)
+    old, new = before.foreground, after.foreground
     found, now = int(old.sum()), int(new.sum())
-    changed = float((_decide(before) != _decide(after)).any(0).sum()) / max(1, found)
+    changed = float((before.masks != after.masks).any(0).sum()) / max(1, found)
     if not settings.guard:
         return "", changed
     if not found:
@@ -84,14 +83,3 @@ def find_fault(settings: AdaptSettings, before: Output, after: Output) -> tuple[
         if fall > settings.agreement_fall:
             return f"mirrored views agree less by {fall:.3f}", changed
     return "", changed
-
-
-def find_foreground(output: Output) -> Bool[np.ndarray, "*s"]:
-    """Return where anything but background was found."""
-    chances: Float[np.ndarray, "k *s"] = output.probabilities
-    return np.asarray((chances > 0.5).any(0) if output.overlapping else chances.argmax(0) > 0)
-
-
-def _decide(output: Output) -> np.ndarray:
-    chances = output.probabilities
-    return chances > 0.5 if output.overlapping else chances.argmax(0)[None]

@@ -110,7 +110,7 @@ class Judge:
                 vectors[name] = detector.describe(output) if finite else np.array([np.nan])
             except (ValueError, ArithmeticError):  # of matrices that are not finite
                 vectors[name] = np.array([np.nan])
-        return vectors | {"empty": np.array([float(_is_empty(output))])}
+        return vectors | {"empty": np.array([float(not output.foreground.any())])}
 
     def fit(self, training: Sequence[Reference], held_out: Sequence[Reference]) -> None:
         """Learn references from training images, and limits from them and from held-out ones.
@@ -298,8 +298,3 @@ def _find_limit(distances: Sequence[float], share: float) -> tuple[float, float]
     """Return the median, and where a review begins so that so large a share of such images lies below."""
     normal = np.mean(distances) + special.ndtri(share) * np.std(distances, ddof=1)
     return float(np.median(distances)), max(float(np.quantile(distances, share)), float(normal))
-
-
-def _is_empty(output: Output) -> bool:
-    chances = output.probabilities
-    return not ((chances > 0.5).any() if output.overlapping else chances.argmax(0).any())

@@ -27,7 +27,6 @@ from anysite.guard import (
     NOTHING_FOUND,
     Adaptation,
     find_fault,
-    find_foreground,
     find_reason_against,
 )
 from anysite.judge import Judge, Verdict, average_verdicts
@@ -307,7 +306,7 @@ def choose_windows(
     Windows that hold less than a quarter of the fullest one tell little, and the others are taken evenly.
     """
     size = (1, *plan.patch_size) if plan.slice_wise else plan.patch_size
-    found = torch.from_numpy(find_foreground(output))[None]
+    found = torch.from_numpy(output.foreground)[None]
     starts = place_windows(image.shape[1:], size, overlap)
     held = [int(cut_patch(found, start, size).sum()) for start in starts]
     full = sorted((s for s, n in zip(starts, held, strict=True) if n and 4 * n >= max(held)))

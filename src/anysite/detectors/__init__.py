@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 Vector = Float[np.ndarray, " _"]
 Vectors = Float[np.ndarray, "n _"]
@@ -75,6 +75,21 @@ class Output:
     overlapping: bool
     layers: tuple[Layer, ...]
     agreement: Agreement | None = None
+
+    @property
+    def masks(self) -> Bool[np.ndarray, "m *s"]:
+        """Which voxels belong to each region, or to each class but the background."""
+        if self.overlapping:
+            return self.probabilities > 0.5
+        label = self.probabilities.argmax(0)
+        return np.stack([label == index for index in range(1, len(self.probabilities))])
+
+    @property
+    def foreground(self) -> Bool[np.ndarray, "*s"]:
+        """Where anything but background was found."""
+        if self.overlapping:
+            return np.asarray((self.probabilities > 0.5).any(0))
+        return np.asarray(self.probabilities.argmax(0) > 0)
 
 
 class Detector(ABC):

@@ -33,13 +33,7 @@ class Shape(Detector):
 
     def describe(self, output: Output) -> Vector:
         """Return four logarithms a class: of its size, its pieces, the share of the largest, and its surface."""
-        chances = output.probabilities
-        if output.overlapping:
-            masks = list(chances > 0.5)
-        else:
-            label = chances.argmax(0)
-            masks = [label == index for index in range(1, len(chances))]
-        return np.concatenate([_describe(mask) for mask in masks])
+        return np.concatenate([_describe(mask) for mask in output.masks])
 
     def fit(self, vectors: Vectors) -> None:
         """Learn the principal components of known masks."""
