@@ -18,7 +18,7 @@ from anysite.corrupt import CORRUPTIONS, fingerprint
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
 from anysite.errors import AnysiteError, ConfigError, InterruptedTraining, WorkerError, describe_error
-from anysite.experiment import UNADAPTED, Job, name_of, score_job, topic_of
+from anysite.experiment import NO_ADAPTER, Job, name_of, score_job, topic_of
 from anysite.judgement import VERDICT
 from anysite.metrics import METRICS
 from anysite.rows import Row, read_rows, write_rows
@@ -94,7 +94,7 @@ def list_jobs(
     named = tuple((open_dataset(path).name, str(path)) for path in others)
     if same := [name for name, _ in named if [dataset.name, *(known for known, _ in named)].count(name) > 1]:
         raise ConfigError(f"another dataset named {same[0]!r}", expected="a dataset of another name")
-    adapters = dict.fromkeys([UNADAPTED, *adapt])
+    adapters = dict.fromkeys([NO_ADAPTER, *adapt])
     for name in adapters:
         for method in methods:
             _check_adapter(config.load(method, overrides), name)
@@ -127,13 +127,13 @@ def _check_adapter(settings: config.Config, name: str) -> None:
     Raises:
         ConfigError: it does not.
     """
-    if settings.predict.adapt.method != UNADAPTED:
+    if settings.predict.adapt.method != NO_ADAPTER:
         raise ConfigError(
             settings.predict.adapt.method, where="predict.adapt.method", expected="none in a benchmark",
             fix=f"use --adapt {settings.predict.adapt.method}",
         )  # fmt: skip
     adapt = choose_adapter(settings.predict, name).adapt
-    if adapt.method in (UNADAPTED, "auto"):
+    if adapt.method in (NO_ADAPTER, "auto"):
         return
     adapter = registry.build("adapter", adapt.method, **adapt.settings)
     if adapter.needs_reflection and "reflection" not in settings.objectives:

@@ -22,7 +22,7 @@ from anysite.judgement import ADAPTED, VERDICT, is_judgement
 from anysite.metrics import METRICS, Score
 from anysite.rows import ALL_CLASSES, Row, describe_adaptation, describe_verdict, rows_of
 
-UNADAPTED = "none"  # no adapter
+NO_ADAPTER = "none"  # no adapter
 OTHER = "other"  # the split of images of another dataset
 OTHER_CASES = 40  # of another dataset at most
 
@@ -50,7 +50,7 @@ class Job:
     corruptions: tuple[str, ...] = ()
     severities: tuple[int, ...] = (1, 2, 3, 4, 5)
     others: tuple[tuple[str, str], ...] = ()
-    adapt: tuple[str, ...] = (UNADAPTED,)
+    adapt: tuple[str, ...] = (NO_ADAPTER,)
     members: int = 1
 
     @property
@@ -91,7 +91,7 @@ class Job:
         others = {(VERDICT, f"{OTHER}/{name}", 0) for name, _ in self.others}
         corrupted = itertools.product(map(version_of, self.corruptions), self.severities)
         pictures = [("", 0), *corrupted]
-        adapted = [name for name in self.adapt if name != UNADAPTED]
+        adapted = [name for name in self.adapt if name != NO_ADAPTER]
         return (
             {(metric, *picture) for metric in self.metrics for picture in pictures}
             | {(ADAPTED, *picture, name) for picture in pictures for name in adapted}
@@ -139,12 +139,12 @@ def score_job(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Ro
     if (VERDICT in job.metrics or job.others) and any(member.judge is None for member in members):
         raise DataError("a run that does not judge", where=job.dataset, fix="drop verdict from --metrics")
     began = time.monotonic()
-    rows = _score_images(job, members, held_out + test, dataset, folder / "masks", threads, UNADAPTED)
+    rows = _score_images(job, members, held_out + test, dataset, folder / "masks", threads, NO_ADAPTER)
     learned_from = _patients_judged_from(run, dataset)
     predicting_s = time.monotonic() - began
     common = rows[0] | {"domain": "", "patient": "", "case": "", "class": ""}
     for adapt in job.adapt:
-        if adapt != UNADAPTED:
+        if adapt != NO_ADAPTER:
             masks = folder / f"masks_{adapt.replace(':', '_')}"
             rows += _score_images(job, members, held_out + test, dataset, masks, threads, adapt)
         rows += _score_corrupted(job, members, held_out, dataset, common | {"adapt": adapt})
@@ -182,8 +182,8 @@ def topic_of(row: Row) -> tuple[Any, ...]:
         return "run", "", 0
     if row.get("split") == OTHER:
         return row.get("metric"), f"{OTHER}/{row.get('other')}", 0
-    adapt = row.get("adapt", UNADAPTED)
-    more = () if adapt in ("", UNADAPTED) else (adapt,)
+    adapt = row.get("adapt", NO_ADAPTER)
+    more = () if adapt in ("", NO_ADAPTER) else (adapt,)
     return row.get("metric"), row.get("corruption_version", ""), row.get("severity", 0), *more
 
 
@@ -262,7 +262,7 @@ def _judge_others(members: Sequence[runs.Run], name: str, path: Path, common: Ro
     from anysite.data.layouts import open_dataset
     from anysite.segment import Segmenter
 
-    settings = config.choose_adapter(members[0].config.predict, UNADAPTED)
+    settings = config.choose_adapter(members[0].config.predict, NO_ADAPTER)
     segmenter, rows = Segmenter(members, settings), []
     for case in open_dataset(path).cases_by_turns[:OTHER_CASES]:
         try:

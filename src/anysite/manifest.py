@@ -14,8 +14,8 @@ from anysite.errors import ConfigError, DataError, FileFormatError
 from anysite.judgement import DECISIONS
 
 MANIFEST, MANIFESTS = "predictions.json", "predictions*.json"
-UNADAPTED = "unadapted"  # the folder of masks without test-time adaptation
-DRAWINGS = "drawings"  # the folder of what is drawn from masks before and after it
+UNADAPTED_FOLDER = "unadapted"  # the folder of masks without test-time adaptation
+DRAWINGS_FOLDER = "drawings"  # the folder of what is drawn from masks before and after it
 
 
 class Manifest:
@@ -150,12 +150,12 @@ def mask_name(case: Case, kind: str = "auto") -> str:
 
 def unadapted_name(mask: str) -> str:
     """Return where a mask lies as it was without test-time adaptation."""
-    return f"{UNADAPTED}/{mask}"
+    return f"{UNADAPTED_FOLDER}/{mask}"
 
 
 def drawings_name(case: Case) -> str:
     """Return where the picture lies of what is drawn from a case's masks before and after adaptation."""
-    return f"{DRAWINGS}/{case.id}.png"
+    return f"{DRAWINGS_FOLDER}/{case.id}.png"
 
 
 def mask_suffix(case: Case, kind: str = "auto") -> str:

@@ -20,7 +20,6 @@ from scipy import ndimage
 
 from anysite.errors import GeometryError
 
-MAX_SPACING_MM = 10_000
 Interpolation = Literal["linear", "cubic", "label"]
 TIE_BREAK = 1e-4
 BLOCK_VOXELS = 2**24
@@ -59,9 +58,9 @@ class Volume:
             )
         if not np.isfinite(self.affine).all() or abs(np.linalg.det(self.affine[:-1, :-1])) < 1e-12:
             raise GeometryError("an affine that is singular or not finite", expected="an invertible affine")
-        if self.unit == "mm" and max(self.spacing) > MAX_SPACING_MM:
+        if self.unit == "mm" and max(self.spacing) > SPACING_MM[1]:
             raise GeometryError(
-                f"voxels of {max(self.spacing):g} mm", expected=f"at most {MAX_SPACING_MM} mm a voxel"
+                f"voxels of {max(self.spacing):g} mm", expected=f"at most {SPACING_MM[1]:g} mm a voxel"
             )
 
     @classmethod
