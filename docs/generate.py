@@ -26,6 +26,7 @@ def describe_commands() -> str:
     lines = ["# Commands", "", "Written by `make docs` from the code.", ""]
     lines += [
         "Exit codes: 0 done; 1 done, but cases failed or were rejected; 2 misuse; 3 interrupted, state saved; "
+        "70 a defect of anysite; "
         "130 interrupted.",
         "",
     ]
