@@ -349,7 +349,7 @@ def test_nothing_that_happens_while_judging_costs_the_training(
     settings = small_config("train.checkpoint_every=4", "judge.detectors={nearest = {}}")
     notes: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr("anysite.train.calibrate", fail)
+        patch.setattr("anysite.assess.calibrate", fail)
         if isinstance(error, Exception):
             run = train(phantom, settings, tmp_path / "run", on_progress=lambda p: notes.append(p.note))
             assert run.judge is None

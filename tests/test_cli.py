@@ -168,9 +168,11 @@ def test_an_ensemble_on_one_image_with_probabilities(run: Path, phantom_folder: 
     succeed("train", phantom_folder, "--output", other, "--seed", 4, "--test-domain=west", *TINY)
     image = sorted((phantom_folder / "west" / "images").iterdir())[0]
     options = ("--save-probabilities", "--flips", "--accelerator", "cpu")
-    succeed("predict", run, other, image, "--output", tmp_path / "out", *options)
+    result = call("predict", run, other, image, "--output", tmp_path / "out", *options)
+    assert result.code == 1
+    assert "1 of 1 masks were rejected" in result.err, "networks that have learned nothing disagree"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *(image.name, f"{image.stem}.npz", "predictions.json")
+        *(image.name, f"{image.stem}.npz", "predictions.json", "verdicts.json", "verdicts.csv")
     }
     manifest = predict.read_manifests(tmp_path / "out")
     assert [entry["seed"] for entry in manifest["runs"]] == [0, 4]
