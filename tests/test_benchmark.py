@@ -20,6 +20,7 @@ from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
 from anysite.errors import ConfigError
+from anysite.experiment import score_job
 from anysite.report import write_report
 from anysite.report.methods import split_by_method, summarise_methods
 from anysite.report.read import Row as ReportRow
@@ -454,6 +455,9 @@ def test_an_ensemble_is_a_method_of_its_own_whose_members_share_the_split(
     (alone,) = (open_run(path) for path in (tmp_path / "runs").glob("*/run"))
     assert one.splits == other.splits == alone.splits
     assert (one.config.member, other.config.member) == (0, 1)
+    (job,) = listed(1)
+    score_job(replace(job, overrides=(*judged, "member=1")), phantom, tmp_path / "second", threads=1)
+    assert open_run(tmp_path / "second" / "run").config.member == 1
     weights = [run.network().state_dict() for run in (one, other, alone)]
     assert all(torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
     assert not all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

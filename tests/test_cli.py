@@ -179,6 +179,19 @@ def test_an_ensemble_on_one_image_with_probabilities(run: Path, phantom_folder: 
     assert manifest["settings"]["flips"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [(["pretrain.steps=1"], 1), (["train.steps=2"], 2), (["pretrain.steps=1", "train.steps=2"], 2)],
+)
+def test_a_pretraining_heeds_its_own_group_and_before_it_what_is_said_of_training(
+    settings: list[str], steps: int, phantom_folder: Path, tmp_path: Path
+) -> None:
+    given = [f"--set={setting}" for setting in (*SMALL, "train.validation_cases=0", *settings)]
+    succeed("pretrain", phantom_folder, "--output", tmp_path / "run", "--preset", "t_ae", *given)
+    run = runs.open_run(tmp_path / "run")
+    assert (run.manifest["steps"], list(run.config.objectives)) == (steps, ["tile_autoencoder"])
+
+
 def test_a_finished_run_learns_to_reflect_once(run: Path, phantom_folder: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(run, tmp_path / "run"))
     small = ("--set", "width=4", "--set", "prior_width=4", "--steps", 2)

@@ -278,6 +278,15 @@ def test_masks_that_do_not_fit_are_named_and_the_rest_is_scored(
     assert str(tmp_path) not in (tmp_path / "masks" / SUMMARY).read_text()
 
 
+def test_masks_in_the_current_folder_fail_in_readable_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = dataset_of(tmp_path, {"a": boxes()})
+    write_array(tmp_path / "masks" / "a.nii.gz", boxes()[:-1])
+    monkeypatch.chdir(tmp_path / "masks")
+    assert evaluate(Path(), dataset).failed["a"].startswith("a.nii.gz: ")
+
+
 def test_whatever_one_case_raises_is_named_without_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,7 +124,8 @@ def evaluate(
                 result += _score_unadapted(case, folder / unadapted, dataset)
         except CASE_ERRORS as error:
             result = case.without_folders(describe_error(error))
-            result = result.replace(f"{folder}/", "").replace(str(folder), folder.name)
+            if folder.name:  # of "." nothing is to be hidden
+                result = result.replace(f"{folder}/", "").replace(str(folder), folder.name)
         on_case(case.id)
         return case, result, counts
 

@@ -168,7 +168,10 @@ def _train_member(job: Job, member: int, dataset: Dataset, folder: Path, threads
     from anysite.train import train
 
     settings = job.settings
-    own = {"train": settings.train.model_copy(update={"threads": threads}), "member": member}
+    own = {
+        "train": settings.train.model_copy(update={"threads": threads}),
+        "member": settings.member + member,
+    }
     output = folder / ("run" if job.members == 1 else f"run_{member}")
     return train(
         dataset, settings.model_copy(update=own), output, budget_s=job.budget_s, resume=True,

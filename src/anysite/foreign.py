@@ -101,7 +101,7 @@ class MaskJudge:
                 verdict = self.judge.judge(self._observe(case, folders))
             except CASE_ERRORS as error:
                 text = case.without_folders(describe_error(error))
-                for folder in folders:
+                for folder in (folder for folder in folders if folder.name):
                     text = text.replace(f"{folder}/", "").replace(str(folder), folder.name)
                 yield JudgedMask(case, None, text)
                 continue

@@ -196,9 +196,9 @@ class Segmenter:
         windows = choose_windows(grid, before, member.plan, self.settings.overlap, settings.windows)
         if windows is None:
             return Adaptation(adapter.name, False, NOTHING_FOUND), before, {}
-        windows = windows.to(self.device).contiguous(memory_format=member.network.memory_format)
-        shown = windows[len(windows) // 2][None]
         try:
+            windows = windows.to(self.device).contiguous(memory_format=member.network.memory_format)
+            shown = windows[len(windows) // 2][None]
             # Not the state of the process: the same image gives the same mask whatever came before it.
             with torch.random.fork_rng(devices=[]), self._autocast():
                 torch.default_generator.manual_seed(0)

@@ -72,7 +72,8 @@ def pretrain(
         raise ConfigError(f"--method {method}, which needs labels", fix="use anysite train")
     settings = config.load(preset, _overrides(set_, test_domain, seed))
     chosen = settings.objectives | settings.pretrain.objectives
-    given = settings.pretrain.model_fields_set - {"objectives"}
+    # What is said of the training itself counts before what the group says of a pretraining within one.
+    given = settings.pretrain.model_fields_set - {"objectives"} - settings.train.model_fields_set
     of_train = {name: getattr(settings.pretrain, name) for name in given}
     settings = settings.model_copy(
         update={
