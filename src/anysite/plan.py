@@ -12,12 +12,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
 
+from anysite.data.limits import HOUNSFIELD_BELOW
 from anysite.data.volume import Volume, interpolation_matrix
 from anysite.errors import ConfigError, GeometryError
 
 CLIP_PERCENTILES = (0.5, 99.5)
 HIDDEN = -1e4  # a logit of no probability
-HOUNSFIELD_BELOW = -500.0  # air lies near -1000, and no other common scale goes so low
 
 
 class Normalisation(BaseModel):

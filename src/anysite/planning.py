@@ -10,9 +10,10 @@ from typing import Literal
 import numpy as np
 
 from anysite.data.case import Case, Dataset
+from anysite.data.limits import HOUNSFIELD_BELOW
 from anysite.data.volume import Volume
 from anysite.errors import ConfigError, DataError, GeometryError
-from anysite.plan import CLIP_PERCENTILES, HOUNSFIELD_BELOW, Normalisation, Plan, Variant
+from anysite.plan import CLIP_PERCENTILES, Normalisation, Plan, Variant
 from anysite.settings import PlanSettings
 
 ANISOTROPY_LIMIT = 3.0

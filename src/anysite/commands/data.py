@@ -45,12 +45,13 @@ def methods(json: AsJson = False) -> None:
     if json:
         console.as_json({"methods": listed, "presets": config.preset_names()})
         return
+    wide = max(len(method.name) for method in listed) + 2
     for kind, names in registry.TABLES.items():
         console.say(f"{kind}s")
         for method in (m for m in listed if m.kind == kind and m.name in names):
-            console.say(f"  {method.name:16}{method.headline}")
+            console.say(f"  {method.name:{wide}}{method.headline}")
             if method.settings:
-                console.say(f"  {'':16}" + ", ".join(f"{k}={v}" for k, v in method.settings.items()))
+                console.say(f"  {'':{wide}}" + ", ".join(f"{k}={v}" for k, v in method.settings.items()))
     console.say("presets\n  " + ", ".join(config.preset_names()))
 
 

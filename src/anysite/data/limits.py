@@ -1,4 +1,4 @@
-"""How large a file may claim to be, decided from its header before anything is allocated."""
+"""What images can be: how large a file may claim to be, decided from its header, and where Hounsfield units begin."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ MAX_VOXELS = 2**31
 MAX_BYTES = 2**33  # in memory, eight times a CT of the whole body
 # A gibibyte that compressed to less than this share is nothing but one repeated value.
 UNSUSPICIOUS_BYTES, MAX_RATIO = 2**30, 500
+HOUNSFIELD_BELOW = -500.0  # air lies near -1000, and no other common scale goes so low
 
 
 def require_modest(path: Path, voxels: int, bytes_in_memory: int) -> None:

@@ -12,6 +12,7 @@ from scipy import optimize
 from anysite.data.check.geometry import ENOUGH, USUAL
 from anysite.data.check.problems import Problem, of_case, of_dataset
 from anysite.data.check.reading import Reading
+from anysite.data.limits import HOUNSFIELD_BELOW
 
 NEARLY_ALL = 0.999  # of the voxels with one value
 EXTREME = 1e-3  # what the usual values span of all
@@ -19,7 +20,6 @@ SATURATED = 0.1, 0.02  # share at the largest value: of the case, and of its sit
 SCALE_FACTOR = 10.0
 EIGHT_BIT_FACTOR = 3.0
 SPREAD = 5.0  # robust standard deviations
-HOUNSFIELD_BELOW = -500.0  # air lies near -1000, and no other common scale goes so low
 OFFSETS = 1000.0, 1024.0
 OFFSET_TOLERANCE = 200.0
 OPPOSITE = 0.5  # correlation with the mean of the site, and with the opposite sign

@@ -11,8 +11,8 @@ import numpy as np
 from scipy import stats
 
 from anysite.data.case import Dataset
-from anysite.data.check.intensities import HOUNSFIELD_BELOW
 from anysite.data.check.reading import Reading
+from anysite.data.limits import HOUNSFIELD_BELOW
 
 BINS = 48
 
