@@ -42,6 +42,7 @@ docs: install
 bench: install
 	$(BIN)/python benchmarks/augment.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/predict_volume.py
 	$(BIN)/python benchmarks/objective_step.py ram_dsir
 	$(BIN)/python benchmarks/objective_step.py medcontext

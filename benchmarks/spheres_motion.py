@@ -22,7 +22,7 @@ from anysite.report.judging import describe_judgement
 from anysite.report.read import Row
 from anysite.rows import read_rows
 
-SIZE, STILL, MOVED = 40, 60, 20
+SIZE, STILL, MOVED = 40, 80, 20
 MOVES, LARGEST_MOVE, LARGEST_TURN_DEGREES = 2, 10.0, 10.0
 DETECTORS = ("spectral", "histogram", "mahalanobis", "nearest", "entropy", "pairwise_dice")
 
@@ -78,7 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
     overrides = [
         "network.width=8", "train.steps=200", "train.batch_size=2", "plan.patch_size=[40, 40, 40]", "plan.dimension=3d",
-        "train.validation_cases=0",
+        "train.validation_cases=0", "train.validation_fraction=0.4", "judge.held_out_cases=12",
         f"judge.detectors={{{', '.join(f'{detector} = {{}}' for detector in DETECTORS)}}}",
     ]  # fmt: skip
     for noise in arguments.noise.split(","):

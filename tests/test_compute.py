@@ -34,13 +34,13 @@ def test_threads_as_set_or_as_many_as_the_process_may_use(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
     [
-        ({"avx512_bf16": True, "amx_bf16": False}, "bf16-mixed"),
-        ({"avx512_bf16": False, "amx_bf16": True}, "bf16-mixed"),
+        ({"avx512_bf16": True, "amx_bf16": True}, "bf16-mixed"),
+        ({"avx512_bf16": True, "amx_bf16": False}, "32-true"),
         ({"avx512_bf16": False, "avx512_f": True}, "32-true"),
         ({}, "32-true"),
     ],
 )
-def test_bfloat16_only_where_the_processor_computes_it(
+def test_bfloat16_only_where_the_processor_multiplies_tiles_of_it(
     monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], expected: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)

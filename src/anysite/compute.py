@@ -30,13 +30,16 @@ def use_threads(count: int = 0) -> int:
 
 
 def choose_precision(setting: str, accelerator: str = "cpu") -> str:
-    """Return "bf16-mixed" for "auto" where the processor computes bfloat16 natively, "32-true" elsewhere."""
+    """Return "bf16-mixed" for "auto" where bfloat16 is the faster one, "32-true" elsewhere.
+
+    Of processors those that multiply tiles of bfloat16 (AMX): by vectors alone (AVX-512) a U-Net takes longer than in
+    float32, as `benchmarks/precision.py` measures.
+    """
     if setting != "auto":
         return setting
     if accelerator == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    capabilities = torch.cpu.get_capabilities()
-    return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
+    return "bf16-mixed" if torch.cpu.get_capabilities().get("amx_bf16") else "32-true"
 
 
 def protect_small_convolutions(module: nn.Module) -> None:

@@ -136,7 +136,9 @@ class TrainSettings(Settings):
     schedule: Literal["cosine", "polynomial", "constant"] = "cosine"
     warmup_steps: int = Field(default=50, ge=0)
     gradient_clip: float = Field(default=12.0, gt=0)
-    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    precision: Literal["auto", "32-true", "bf16-mixed"] = Field(
+        default="auto", description="auto: bfloat16 where this device is faster with it, float32 elsewhere"
+    )
     devices: int = Field(default=1, gt=0)
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     foreground_fraction: Probability = Field(
@@ -214,7 +216,9 @@ class PredictSettings(Settings):
     overlap: float = Field(default=0.5, ge=0, lt=1)
     flips: bool = Field(default=True, description="test-time augmentation by mirroring")
     batch_size: int = Field(default=8, gt=0)
-    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    precision: Literal["auto", "32-true", "bf16-mixed"] = Field(
+        default="auto", description="auto: bfloat16 where this device is faster with it, float32 elsewhere"
+    )
     format: MaskFormat = Field(
         default="auto", description="of masks; auto: the image's own kind, NIfTI for DICOM images"
     )
