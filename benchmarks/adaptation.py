@@ -1,8 +1,9 @@
-"""What every adapter does to corrupted images of the training sites, on the phantom: gain, harm and cost.
+"""What every adapter does to corrupted images of the training sites: gain, harm and cost.
 
-Run as `python benchmarks/adaptation.py [--steps 800] [--output FILE]`. One network is trained on three sites of the
-phantom with all that reflection needs; then held-out images of those sites are corrupted (severity 4) and adapted to,
-every one and without the guard. No image of the fourth site is looked at, so that settings may be chosen by this.
+Run as `python benchmarks/adaptation.py [--steps 800] [--output FILE]`, or with `--run RUN --dataset DATASET` for a run
+that has learned what reflection needs. Without one a network is trained on three sites of the phantom; then held-out
+images of those sites are corrupted (severity 4) and adapted to, every one and without the guard. No image of a test
+site is looked at, so that settings may be chosen by this.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from anysite.corrupt import corrupt
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
 from anysite.references import mean_dice
+from anysite.runs import open_run
 from anysite.segment import Segmenter
 from anysite.settings import PredictSettings
 from anysite.train import train
@@ -39,25 +41,37 @@ TRIALS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("refseg", {"learning_rate": 1e-2}),
     ("refseg", {"similarity": "correlation"}),
     ("refseg", {"similarity": "mind"}),
+    ("refseg", {"similarity": "correlation", "margin_voxels": 3}),
     ("denoising_prior", {}),
     ("tent", {}),
     ("reliable_entropy", {}),
     ("fourier_prompt", {}),
+    ("intensity_views", {}),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument(
+        "--run", type=Path, help="a run that has learned reflection, in place of one on the phantom"
+    )
+    parser.add_argument("--dataset", type=Path, help="that it was trained on")
+    parser.add_argument("--cases", type=int, default=1000, help="held-out cases at most")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        dataset = open_dataset(write_phantom(Path(name) / "phantom", patients_per_site=10))
-        settings = config.load("baseline", [*SETTINGS, f"train.steps={arguments.steps}", "train.threads=1"])
-        run = train(dataset, settings, Path(name) / "run")
-        held_out = [case for case in dataset.cases if case.id in run.splits["held_out"]]
+        if arguments.run:
+            dataset, run = open_dataset(arguments.dataset), open_run(arguments.run)
+        else:
+            dataset = open_dataset(write_phantom(Path(name) / "phantom", patients_per_site=10))
+            settings = config.load(
+                "baseline", [*SETTINGS, f"train.steps={arguments.steps}", "train.threads=1"]
+            )
+            run = train(dataset, settings, Path(name) / "run")
+        held_out = [case for case in dataset.cases if case.id in run.splits["held_out"]][: arguments.cases]
         images = [
             (corrupt(case.image(), kind, 4, seed), dataset.label_of(case), dataset.known_to(case))
             for seed, case in enumerate(held_out)

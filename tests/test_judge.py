@@ -174,8 +174,22 @@ def test_windows_add_up_and_large_ones_are_thinned() -> None:
     np.testing.assert_allclose(parts.gram, whole.gram, rtol=1e-5)
     assert parts.count == whole.count == 70
     assert parts.per_window == whole.per_window == 35
-    assert 1000 <= sum_layer(torch.randn(1, 2, 100, 100)).count <= 4096
-    assert sum_layer(torch.randn(1, 2, 40, 40, 40)).count <= 4096
+    assert sum_layer(torch.randn(1, 2, 200, 200)).count == 40_000
+    assert 16_384 <= sum_layer(torch.randn(1, 2, 300, 300)).count <= 65_536
+    assert 8_192 <= sum_layer(torch.randn(1, 2, 48, 48, 48)).count <= 65_536
+
+
+def test_each_singular_value_counts_by_how_far_it_varies_over_training_images(
+    rng: np.random.Generator,
+) -> None:
+    spectral = build("spectral")
+    usual = np.array([0.6, 0.8])
+
+    def vector(*change: float) -> np.ndarray:
+        return np.concatenate([[2], usual + change])
+
+    spectral.fit(np.stack([vector(*(rng.normal(0, 1, 2) * [0.1, 0.001])) for _ in range(40)]))
+    assert spectral.distance(vector(0.1, 0)) < 1 < spectral.distance(vector(0, 0.01))
 
 
 def test_a_larger_image_of_the_same_kind_is_no_further_away() -> None:

@@ -40,6 +40,7 @@ ADAPTERS = {
     "reliable_entropy": "anysite.adapters.reliable_entropy:ReliableEntropy",
     "denoising_prior": "anysite.adapters.denoising_prior:DenoisingPrior",
     "fourier_prompt": "anysite.adapters.fourier_prompt:FourierPrompt",
+    "intensity_views": "anysite.adapters.intensity_views:IntensityViews",
     "batch_statistics": "anysite.adapters.batch_statistics:BatchStatistics",
 }
 

@@ -30,6 +30,7 @@ class RefSeg(Adapter):
         anchor_weight: Of the divergence from the first prediction.
         least_gain: The best step is kept if the similarity rose by at least so much, otherwise nothing changes.
         patience: Steps without a rise of 0.0001 after which it stops.
+        margin_voxels: Of the region around what was found; none: as the synthesiser learned.
 
     Raises:
         ConfigError: a setting out of range.
@@ -48,13 +49,14 @@ class RefSeg(Adapter):
         anchor_weight: float = 0.01,
         least_gain: float = 0.002,
         patience: int = 3,
+        margin_voxels: int | None = None,
     ) -> None:
-        require_counts("adapter refseg", steps=steps, patience=patience)
+        require_counts("adapter refseg", steps=steps, patience=patience, margin_voxels=margin_voxels or 1)
         require_rate("refseg", learning_rate)
         self.subset: Subset = subset
         self.similarity, self.learning_rate = similarity, learning_rate
         self.steps, self.shape_weight, self.anchor_weight = steps, shape_weight, anchor_weight
-        self.least_gain, self.patience = least_gain, patience
+        self.least_gain, self.patience, self.margin_voxels = least_gain, patience, margin_voxels
 
     def adapt(self, windows: Float[Tensor, "b c *p"]) -> dict[str, float]:
         """Return the similarity before and after; nothing changes where no window holds anything."""
@@ -62,7 +64,7 @@ class RefSeg(Adapter):
         assert reflection is not None
         with torch.no_grad():
             first = self.probabilities(self.network(windows))
-        region = reflection.region(first)
+        region = reflection.region(first, self.margin_voxels)
         full = region.flatten(1).any(1)
         if not full.any():
             return {"kept": 0.0}

@@ -2,11 +2,12 @@
 
 The signature is the logarithm of the singular values of a layer's features (positions by channels), scaled to
 unit length; the distance is that from the nearest training image. Over several layers as by Lambert et al., 2023,
-https://arxiv.org/abs/2307.15647.
+https://arxiv.org/abs/2307.15647. Every singular value counts in units of how far it varies over training images.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ SMALLEST = 1e-5  # singular value, relative to the largest
 FULL = (
     16  # positions a channel that one window must give; with fewer the number of windows shapes the spectrum
 )
+LEAST_SPREAD = 1e-6  # of a signature's component over training images
 
 
 class Spectral(Detector):
@@ -40,29 +42,33 @@ class Spectral(Detector):
         chosen = chosen or [max(output.layers, key=lambda layer: layer.per_window / len(layer.total))]
         if self.layers == "bottleneck":
             chosen = chosen[-1:]
-        signatures = [signature(layer) for layer in chosen]
-        return np.concatenate([part for s in signatures for part in ([len(s)], s)])
+        return _join([signature(layer) for layer in chosen])
 
     def fit(self, vectors: Vectors) -> None:
-        """Remember all signatures, and how far each layer's lie apart."""
-        split = [split_signatures(vector) for vector in vectors]
-        self.memory = {"references": vectors}
+        """Remember all signatures, how far each of their values varies, and how far each layer's lie apart."""
+        layers = [np.stack(layer) for layer in zip(*map(split_signatures, vectors), strict=True)]
+        spreads = [np.maximum(layer.std(0), LEAST_SPREAD) for layer in layers]
         apart = []
-        for layer in zip(*split, strict=True):
-            stacked = np.stack(layer)
-            distances = np.linalg.norm(stacked[:, None] - stacked[None], axis=2)
+        for layer, spread in zip(layers, spreads, strict=True):
+            scaled = layer / spread
+            distances = np.linalg.norm(scaled[:, None] - scaled[None], axis=2)
             np.fill_diagonal(distances, np.inf)
-            nearest = distances.min(1) if len(stacked) > 1 else np.zeros(1)
+            nearest = distances.min(1) if len(scaled) > 1 else np.zeros(1)
             apart.append((nearest.mean(), max(nearest.std(), 1e-9)))
-        self.memory |= {"mean": np.array([a[0] for a in apart]), "deviation": np.array([a[1] for a in apart])}
+        self.memory = {
+            "references": vectors,
+            "spread": _join(spreads),
+            "mean": np.array([mean for mean, _ in apart]),
+            "deviation": np.array([deviation for _, deviation in apart]),
+        }
 
     def distance(self, vector: Vector) -> float:
         """Return the distance from the nearest reference, the mean over layers, each in its own units."""
-        own = split_signatures(vector)
+        own, spreads = split_signatures(vector), split_signatures(self.memory["spread"])
         references = [split_signatures(reference) for reference in self.memory["references"]]
         nearest = [
-            min(float(np.linalg.norm(mine - theirs)) for theirs in layer)
-            for mine, layer in zip(own, zip(*references, strict=True), strict=True)
+            min(float(np.linalg.norm((mine - theirs) / spread)) for theirs in layer)
+            for mine, spread, layer in zip(own, spreads, zip(*references, strict=True), strict=True)
         ]
         if self.layers == "bottleneck":
             return nearest[0]
@@ -78,6 +84,11 @@ def signature(layer: Layer) -> Vector:
     singular = np.sqrt(np.clip(np.linalg.eigvalsh(scaled)[::-1], 0, None))
     logarithms = np.log(np.maximum(singular, SMALLEST * max(singular[0], 1e-300)))
     return logarithms / max(float(np.linalg.norm(logarithms)), 1e-300)
+
+
+def _join(parts: Sequence[Vector]) -> Vector:
+    """Return vectors one after the other, each led by its length."""
+    return np.concatenate([piece for part in parts for piece in ([len(part)], part)])
 
 
 def split_signatures(vector: Vector) -> list[Vector]:

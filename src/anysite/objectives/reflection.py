@@ -108,10 +108,10 @@ class Reflection(Objective):
             return region_maps(label, self.regions)
         return F.one_hot(label.long(), self.outputs).movedim(-1, 1).float()
 
-    def region(self, maps: Float[Tensor, "b k *s"]) -> torch.Tensor:
-        """Return what lies within the margin of anything but background."""
+    def region(self, maps: Float[Tensor, "b k *s"], margin_voxels: int | None = None) -> torch.Tensor:
+        """Return what lies within a margin, that of learning by default, of anything but background."""
         found = (maps > 0.5).any(1, keepdim=True) if self.regions else maps.argmax(1, keepdim=True) > 0
-        return grow(found, self.margin_voxels)
+        return grow(found, self.margin_voxels if margin_voxels is None else margin_voxels)
 
     def mend(self, maps: Float[Tensor, "b k *s"]) -> Float[Tensor, "b k *s"]:
         """Return probabilities of the nearest plausible mask."""
