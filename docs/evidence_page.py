@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 MARKERS = ("<!-- table: written by make docs -->", "<!-- end of table -->")
 
-ASIDE = ("method", "judging")  # entries with a page of their own
+ASIDE = ("method", "judging", "adaptation")  # entries with a page of their own
 INTRODUCTION = """# Evidence
 
 Every number on this page is computed from the rows in `results/` by `make docs`; a test fails where page and rows
