@@ -190,6 +190,9 @@ def test_each_singular_value_counts_by_how_far_it_varies_over_training_images(
 
     spectral.fit(np.stack([vector(*(rng.normal(0, 1, 2) * [0.1, 0.001])) for _ in range(40)]))
     assert spectral.distance(vector(0.1, 0)) < 1 < spectral.distance(vector(0, 0.01))
+    del spectral.memory["spread"]
+    spectral.memory |= {"mean": np.zeros(1), "deviation": np.ones(1)}  # as runs of before have them
+    assert spectral.distance(vector(0.3, 0)) > spectral.distance(vector(0, 0.1))
 
 
 def test_a_larger_image_of_the_same_kind_is_no_further_away() -> None:

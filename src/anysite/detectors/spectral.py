@@ -64,7 +64,10 @@ class Spectral(Detector):
 
     def distance(self, vector: Vector) -> float:
         """Return the distance from the nearest reference, the mean over layers, each in its own units."""
-        own, spreads = split_signatures(vector), split_signatures(self.memory["spread"])
+        own = split_signatures(vector)
+        # Runs of before kept none, and learned the rest of their memory without.
+        kept = self.memory.get("spread")
+        spreads = [np.ones(len(part)) for part in own] if kept is None else split_signatures(kept)
         references = [split_signatures(reference) for reference in self.memory["references"]]
         nearest = [
             min(float(np.linalg.norm((mine - theirs) / spread)) for theirs in layer)
