@@ -26,8 +26,6 @@ class Supervised(Objective):
             probability counts as background, so that wherever a dataset labels background they may be (a marginal
             loss: Shi, Xiao, Chen, Zhou, 2021, https://arxiv.org/abs/2007.03868), or they are left out of the softmax,
             so that every dataset has a head of its own.
-        dice_of: Over "all" classes, or those that are "present" in the batch's labels. Of a class that is not, soft
-            Dice is near 1 for whatever is predicted, and its gradient only ever says less of it.
     """
 
     def __init__(
@@ -37,11 +35,10 @@ class Supervised(Objective):
         dice_weight: float = 1.0,
         cross_entropy_weight: float = 1.0,
         unknown: Literal["background", "left_out"] = "background",
-        dice_of: Literal["all", "present"] = "all",
     ) -> None:
         super().__init__(weight=weight)
         self.dice_weight, self.cross_entropy_weight = dice_weight, cross_entropy_weight
-        self.unknown, self.dice_of = unknown, dice_of
+        self.unknown = unknown
         self.regions: tuple[tuple[int, ...], ...] = ()
 
     def attach(self, network: Network, plan: Plan, domains: tuple[str, ...]) -> None:
@@ -54,7 +51,6 @@ class Supervised(Objective):
             softmax=not overlapping,
             sigmoid=overlapping,
             batch=True,
-            reduction="none",
         )
         # MONAI's DiceCELoss would compare overlapping regions by softmax, as if they excluded each other.
         self.cross_entropy = nn.BCEWithLogitsLoss() if overlapping else nn.CrossEntropyLoss()
@@ -90,22 +86,17 @@ class Supervised(Objective):
             logits, label, known = logits[rows], label[rows], known[rows]
             if not len(logits):
                 return logits.sum()
-        counted = logits.new_ones(logits.shape[1] - (not self.regions), dtype=torch.bool)
+        told = 1.0
         if known is not None and not known.all():
             logits = hide_unknown(logits, known, self.unknown)
             # A class that no label of the batch tells of costs nothing, and shall not lower the mean.
-            counted = known.any(0)[1:]
+            told = (known.shape[1] - 1) / max(1, int(known.any(0)[1:].sum()))
         if self.regions:
             maps = region_maps(label, self.regions)
             dice, cross_entropy = self.dice(logits, maps), self.cross_entropy(logits, maps)
-            present = maps.flatten(2).any(2).any(0)
         else:
             dice, cross_entropy = self.dice(logits, label[:, None]), self.cross_entropy(logits, label.long())
-            present = torch.bincount(label.flatten().long(), minlength=logits.shape[1])[1:] > 0
-        if self.dice_of == "present":
-            counted = counted & present
-        dice = (dice.flatten() * counted).sum() / counted.sum().clamp(min=1)
-        return self.dice_weight * dice + self.cross_entropy_weight * cross_entropy
+        return self.dice_weight * told * dice + self.cross_entropy_weight * cross_entropy
 
 
 def hide_unknown(
