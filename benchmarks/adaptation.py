@@ -58,6 +58,10 @@ def main() -> None:
     )
     parser.add_argument("--dataset", type=Path, help="that it was trained on")
     parser.add_argument("--cases", type=int, default=1000, help="held-out cases at most")
+    parser.add_argument(
+        "--flips", action="store_true", help="average over mirrored views, as prediction does"
+    )
+    parser.add_argument("--only", help="this adapter alone")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -78,17 +82,19 @@ def main() -> None:
             for kind in CORRUPTIONS
         ]
 
+        usual = run.config.predict.model_copy(update={"flips": arguments.flips})
+
         def score(settings: PredictSettings) -> tuple[np.ndarray, float]:
             segmenter, began = Segmenter([run], settings, "cpu"), time.perf_counter()
             dice = [mean_dice(segmenter.segment(i).label, t, run.plan, k) or 0.0 for i, t, k in images]
             return np.array(dice), time.perf_counter() - began
 
-        plain, plain_s = score(run.config.predict)
+        plain, plain_s = score(usual)
         rows: list[dict[str, Any]] = [
             {"adapter": "none", "images": len(images), "dice": round(plain.mean(), 4)}
         ]
-        for adapter, own in TRIALS:
-            chosen = choose_adapter(run.config.predict, f"{adapter}:always")
+        for adapter, own in (trial for trial in TRIALS if arguments.only in (None, trial[0])):
+            chosen = choose_adapter(usual, f"{adapter}:always")
             adapt = chosen.adapt.model_copy(update={"settings": own})
             dice, seconds = score(chosen.model_copy(update={"adapt": adapt}))
             change = dice - plain

@@ -40,6 +40,7 @@ from anysite.guard import (
 )
 from anysite.judge import Verdict
 from anysite.learner import build_learner
+from anysite.maps import Prediction
 from anysite.networks.synthesiser import Synthesiser
 from anysite.objectives import Step
 from anysite.objectives.reflection import Reflection, spoil_mask
@@ -475,6 +476,21 @@ def test_objectives_that_go_astray_are_rolled_back(
         assert np.array_equal(found.label.array, plain.label.array)
         assert np.array_equal(found.raw.array, plain.raw.array)
         assert found.unadapted is None
+
+
+def test_probabilities_before_and_after_are_averaged_by_the_share_asked_for(run: Run, image: Volume) -> None:
+    def predict(method: str, **changes: Any) -> Prediction:
+        settings = choose_adapter(run.config.predict, method)
+        adapt = settings.adapt.model_copy(update={"settings": {"learning_rate": 0.01}} | changes)
+        return Segmenter([run], settings.model_copy(update={"adapt": adapt})).segment(image)
+
+    first, alone = predict("none", settings={}), predict("tent:always")
+    assert alone.adaptations[0].kept
+    assert not np.allclose(first.raw.array, alone.raw.array, atol=1e-3)
+    for share in (0.25, 0.5):
+        expected = share * first.raw.array + (1 - share) * alone.raw.array
+        np.testing.assert_allclose(predict("tent:always", first_share=share).raw.array, expected, atol=1e-6)
+    assert choose_adapter(run.config.predict, "tent").adapt.first_share == 0.5
 
 
 @pytest.mark.parametrize("kind", ["file", "mask"])

@@ -67,14 +67,14 @@ def override_sites(domains: Sequence[str]) -> str:
 
 
 def choose_adapter(settings: PredictSettings, name: str) -> PredictSettings:
-    """Return settings with an adapter by name; with ":always" behind it, for every image and without checks."""
+    """Return settings with an adapter by name; with ":always" behind it, for every image, alone and without checks."""
     method = name.removesuffix(":always")
     known, _, how = method.partition(":")
     if how and known in registry.ADAPTERS:  # a name with a colon is otherwise that of a class outside anysite
         raise ConfigError(f"{name!r}", where="adapt", expected=f"{known} or {known}:always")
     changes: dict[str, Any] = {"method": method}
     if method != name:
-        changes |= {"only_shifted": False, "guard": False}
+        changes |= {"only_shifted": False, "guard": False, "first_share": 0.0}
     return settings.model_copy(update={"adapt": settings.adapt.model_copy(update=changes)})
 
 

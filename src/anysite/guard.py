@@ -65,7 +65,7 @@ def find_fault(settings: AdaptSettings, before: Output, after: Output) -> tuple[
         return "probabilities that are not finite", 1.0
     old, new = before.foreground, after.foreground
     found, now = int(old.sum()), int(new.sum())
-    changed = float((before.masks != after.masks).any(0).sum()) / max(1, found)
+    changed = changed_share(before, after)
     if not settings.guard:
         return "", changed
     if not found:
@@ -83,3 +83,8 @@ def find_fault(settings: AdaptSettings, before: Output, after: Output) -> tuple[
         if fall > settings.agreement_fall:
             return f"mirrored views agree less by {fall:.3f}", changed
     return "", changed
+
+
+def changed_share(before: Output, after: Output) -> float:
+    """Return the voxels that changed over those that were found before."""
+    return float((before.masks != after.masks).any(0).sum()) / max(1, int(before.foreground.sum()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from anysite.guard import (
     NOT_LEARNED,
     NOTHING_FOUND,
     Adaptation,
+    changed_share,
     find_fault,
     find_reason_against,
 )
@@ -219,6 +220,10 @@ class Segmenter:
         fault, changed = find_fault(settings, before, after)
         if fault:
             return Adaptation(adapter.name, False, fault, facts, changed), before, {}
+        own = 1 - settings.first_share
+        mixed = own * after.probabilities + settings.first_share * before.probabilities
+        after = replace(after, probabilities=mixed)
+        changed = changed_share(before, after)
         return Adaptation(adapter.name, True, "", facts, changed), after, _before_and_after(*drawn)
 
     def _autocast(self) -> torch.autocast:

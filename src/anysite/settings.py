@@ -195,6 +195,12 @@ class AdaptSettings(Settings):
     windows: int = Field(
         default=4, gt=0, description="of the image that it is adapted by, evenly from the fuller ones"
     )
+    first_share: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="of the probabilities before adapting in those after it, which are averaged",
+    )
     only_shifted: bool = Field(
         default=True, description="adapt to images alone that the judge finds unlike those known"
     )

@@ -21,8 +21,8 @@ class RefSeg(Adapter):
     """Raises the structural similarity between an image and what is drawn from its mask, over a fixed region.
 
     Args:
-        similarity: "contrast": the term of SSIM that a change of brightness leaves alone; "ssim"; "correlation":
-            local normalised cross-correlation; "mind".
+        similarity: "mind": of neighbourhoods (Heinrich et al., 2012); "correlation": local normalised
+            cross-correlation; "ssim"; "contrast": its term that a change of brightness leaves alone.
         subset: The parameters that change.
         learning_rate: Of Adam.
         steps: At most.
@@ -30,7 +30,7 @@ class RefSeg(Adapter):
         anchor_weight: Of the divergence from the first prediction.
         least_gain: The best step is kept if the similarity rose by at least so much, otherwise nothing changes.
         patience: Steps without a rise of 0.0001 after which it stops.
-        margin_voxels: Of the region around what was found; none: as the synthesiser learned.
+        margin_voxels: Of the region around what was found. A wide one pays for painting whatever is bright there.
 
     Raises:
         ConfigError: a setting out of range.
@@ -41,7 +41,7 @@ class RefSeg(Adapter):
     def __init__(
         self,
         *,
-        similarity: Literal["contrast", "ssim", "correlation", "mind"] = "contrast",
+        similarity: Literal["contrast", "ssim", "correlation", "mind"] = "mind",
         subset: Subset = "norm",
         learning_rate: float = 5e-3,
         steps: int = 5,
@@ -49,9 +49,9 @@ class RefSeg(Adapter):
         anchor_weight: float = 0.01,
         least_gain: float = 0.002,
         patience: int = 3,
-        margin_voxels: int | None = None,
+        margin_voxels: int = 3,
     ) -> None:
-        require_counts("adapter refseg", steps=steps, patience=patience, margin_voxels=margin_voxels or 1)
+        require_counts("adapter refseg", steps=steps, patience=patience, margin_voxels=margin_voxels)
         require_rate("refseg", learning_rate)
         self.subset: Subset = subset
         self.similarity, self.learning_rate = similarity, learning_rate
