@@ -37,11 +37,13 @@ SETTINGS = [
 ]  # fmt: skip
 TRIALS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("refseg", {}),
-    ("refseg", {"learning_rate": 2e-3, "steps": 10}),
-    ("refseg", {"learning_rate": 1e-2}),
+    ("refseg", {"margin_voxels": 15}),
     ("refseg", {"similarity": "correlation"}),
-    ("refseg", {"similarity": "mind"}),
-    ("refseg", {"similarity": "correlation", "margin_voxels": 3}),
+    ("refseg", {"similarity": "contrast"}),
+    ("refseg", {"similarity": "contrast", "margin_voxels": 15}),
+    ("refseg", {"learning_rate": 1e-2}),
+    ("refseg", {"shape_weight": 0.0}),
+    ("refseg", {"subset": "all", "learning_rate": 3e-4}),
     ("denoising_prior", {}),
     ("tent", {}),
     ("reliable_entropy", {}),
@@ -84,31 +86,42 @@ def main() -> None:
 
         usual = run.config.predict.model_copy(update={"flips": arguments.flips})
 
-        def score(settings: PredictSettings) -> tuple[np.ndarray, float]:
+        def predict(settings: PredictSettings) -> tuple[list[np.ndarray], float]:
             segmenter, began = Segmenter([run], settings, "cpu"), time.perf_counter()
-            dice = [mean_dice(segmenter.segment(i).label, t, run.plan, k) or 0.0 for i, t, k in images]
-            return np.array(dice), time.perf_counter() - began
+            return [segmenter.segment(image).raw.array for image, _, _ in images], time.perf_counter() - began
 
-        plain, plain_s = score(usual)
+        def score(maps: list[np.ndarray]) -> np.ndarray:
+            dice = []
+            for probabilities, (image, truth, known) in zip(maps, images, strict=True):
+                label = image.with_array(np.asarray(run.plan.decide(probabilities))[None].astype(np.uint8))
+                dice.append(mean_dice(label, truth, run.plan, known) or 0.0)
+            return np.array(dice)
+
+        first, plain_s = predict(usual)
+        plain = score(first)
         rows: list[dict[str, Any]] = [
             {"adapter": "none", "images": len(images), "dice": round(plain.mean(), 4)}
         ]
         for adapter, own in (trial for trial in TRIALS if arguments.only in (None, trial[0])):
             chosen = choose_adapter(usual, f"{adapter}:always")
             adapt = chosen.adapt.model_copy(update={"settings": own})
-            dice, seconds = score(chosen.model_copy(update={"adapt": adapt}))
-            change = dice - plain
-            rows.append(
-                {
-                    "adapter": adapter, "settings": own, "gain": round(float(change.mean()), 4),
-                    "harmed": int((change < -0.01).sum()), "helped": int((change > 0.01).sum()),
-                    "worst": round(float(change.min()), 4), "times_plain": round(seconds / plain_s, 1),
-                }
-            )  # fmt: skip
+            maps, seconds = predict(chosen.model_copy(update={"adapt": adapt}))
+            row: dict[str, Any] = {"adapter": adapter, "settings": own}
+            # As `predict.adapt.first_share` does by default, and alone.
+            averaged = [(one + other) / 2 for one, other in zip(maps, first, strict=True)]
+            for kind, found in (("alone", maps), ("averaged", averaged)):
+                change = score(found) - plain
+                row[kind] = {
+                    "gain": round(float(change.mean()), 4), "harmed": int((change < -0.01).sum()),
+                    "helped": int((change > 0.01).sum()), "worst": round(float(change.min()), 4),
+                }  # fmt: skip
+            if arguments.flips:
+                row["times_plain"] = round(seconds / plain_s, 1)
+            rows.append(row)
+            print(row, flush=True)
         report = json.dumps(rows, indent=1)
     if arguments.output:
         atomic.write_text(arguments.output, report + "\n")
-    print(report)
 
 
 if __name__ == "__main__":
