@@ -114,14 +114,17 @@ def evaluate(
         case, path = pair
         counts = None
         try:
-            result: list[Score] | str = _score_mask(case, path, dataset, bool(manifest["runs"]), tolerance)
-            if (digest := manifest["files"].get(probabilities_name(case))) and scored_alike:
-                scores, counts = _score_saved(path, digest, case, dataset)
+            label = dataset.label_of(case)
+            mask = _read_mask(case, path, dataset, label, bool(manifest["runs"]))
+            result: list[Score] | str = score_volume(mask, label, dataset, case, tolerance)
+            saved = folder / probabilities_name(case)
+            if (digest := manifest["files"].get(saved.name)) and scored_alike:
+                scores, counts = _score_saved(saved, digest, mask, label, dataset, case)
                 result += scores
             entry = manifest["cases"].get(case.id, {})
             result += describe_verdict(entry.get("verdict")) + describe_adaptation(entry.get("adaptation"))
             if (unadapted := unadapted_name(path.name)) in manifest["files"]:
-                result += _score_unadapted(case, folder / unadapted, dataset)
+                result += _score_unadapted(case, folder / unadapted, dataset, label)
         except CASE_ERRORS as error:
             result = case.without_folders(describe_error(error))
             if folder.name:  # of "." nothing is to be hidden
@@ -188,9 +191,14 @@ def score_probabilities(
     Raises:
         GeometryError: the probabilities are of another shape than the label, or of other classes.
     """
-    chosen = [metric for metric in CALIBRATION_METRICS if metric in metrics]
-    chances, truth = _near_structures(probabilities, mask, label, dataset, case, where)
-    scores = score_calibration(chances, truth, overlapping=bool(dataset.regions), metrics=chosen)
+    near = _near_structures(probabilities, mask, label, dataset, case, where)
+    return _score_near(*near, dataset, [metric for metric in CALIBRATION_METRICS if metric in metrics])
+
+
+def _score_near(
+    chances: np.ndarray, truth: np.ndarray, dataset: Dataset, metrics: Sequence[str]
+) -> list[Score]:
+    scores = score_calibration(chances, truth, overlapping=bool(dataset.regions), metrics=metrics)
     return [Score(ALL_CLASSES, metric, value, "1") for metric, value in scores.items()]
 
 
@@ -216,8 +224,7 @@ def _near_structures(
     return fold_unknown(probabilities[:, band], known, bool(dataset.regions)), truth
 
 
-def _score_mask(case: Case, path: Path, dataset: Dataset, ours: bool, tolerance: float) -> list[Score]:
-    label = dataset.label_of(case)
+def _read_mask(case: Case, path: Path, dataset: Dataset, label: Volume, ours: bool) -> Volume:
     mask = files.read_label(path, case.image_paths[0])
     if not mask.same_grid(label):
         raise GeometryError(
@@ -230,29 +237,26 @@ def _score_mask(case: Case, path: Path, dataset: Dataset, ours: bool, tolerance:
     beyond = int(mask.array.max())
     if beyond >= len(dataset.classes):
         raise DataError(f"class index {beyond}", where=path, expected=f"0 to {len(dataset.classes) - 1}")
-    return score_volume(mask, label, dataset, case, tolerance)
+    return mask
 
 
-def _score_unadapted(case: Case, path: Path, dataset: Dataset) -> list[Score]:
+def _score_unadapted(case: Case, path: Path, dataset: Dataset, label: Volume) -> list[Score]:
     if not path.is_file():
         return []
     mask = files.read_label(path, case.image_paths[0])
-    scores = score_volume(mask, dataset.label_of(case), dataset, case, metrics=["dice"])
+    scores = score_volume(mask, label, dataset, case, metrics=["dice"])
     return [Score(ALL_CLASSES, UNADAPTED_DICE, mean_defined([score.value for score in scores]), "1")]
 
 
 def _score_saved(
-    mask_path: Path, digest: str, case: Case, dataset: Dataset
+    path: Path, digest: str, mask: Volume, label: Volume, dataset: Dataset, case: Case
 ) -> tuple[list[Score], np.ndarray | None]:
     """Score the probabilities saved with a mask, unless they were altered or deleted since, and count their bins."""
-    path = mask_path.parent / probabilities_name(case)
     if not path.is_file() or atomic.sha256(path) != digest:
         return [], None
-    mask, label = files.read_label(mask_path, case.image_paths[0]), dataset.label_of(case)
-    probabilities = read_probabilities(path)
-    scores = score_probabilities(probabilities, mask, label, dataset, case, where=path)
-    chances, truth = _near_structures(probabilities, mask, label, dataset, case, path)
-    return scores, count_reliability(chances, truth, overlapping=bool(dataset.regions))
+    chances, truth = _near_structures(read_probabilities(path), mask, label, dataset, case, path)
+    counts = count_reliability(chances, truth, overlapping=bool(dataset.regions))
+    return _score_near(chances, truth, dataset, tuple(CALIBRATION_METRICS)), counts
 
 
 def _groups_of(dataset: Dataset) -> list[tuple[int, ...]]:
