@@ -358,6 +358,9 @@ def test_nothing_found_is_nothing_to_adapt_by(run: Run, image: Volume) -> None:
         ("tent", {"subset": "last"}, "subset"),
         ("tent", {"learning_rate": -1.0}, "learning_rate"),
         ("fourier_prompt", {"window": 0.0}, "window"),
+        ("intensity_views", {"gamma": 1.0}, "gamma"),
+        ("intensity_views", {"blur_voxels": -1.0}, "blur_voxels"),
+        ("refseg", {"margin_voxels": 0}, "margin_voxels"),
         ("batch_statistics", {"source_share": 1.5}, "source_share"),
     ],
 )
