@@ -276,7 +276,8 @@ def test_windows_put_the_image_together_again(data: st.DataObject, kind: str, ov
     size = data.draw(st.tuples(*[st.integers(2, 9)] * (3 if kind == "3d" else 2)))
     context, batch_size = data.draw(st.integers(0, 2)), data.draw(st.integers(1, 5))
     chosen = plan(size, 1, context if kind == "slices" else 0, volumes=kind == "slices")
-    classes = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (1, *shape))).float()
+    # With fractions, so that no window is of one value.
+    classes = torch.from_numpy(np.random.default_rng(0).uniform(0, 3, (1, *shape))).float()
     result = slide(classes, identity, chosen, overlap, batch_size)
     torch.testing.assert_close(result, classes, atol=1e-5, rtol=0)
     three = slide(
@@ -307,6 +308,30 @@ def test_sliding_as_monai_does_where_the_windows_agree(shape: Any, size: Any, ov
         )
     assert isinstance(expected, Tensor)
     torch.testing.assert_close(found, expected[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("regions", [(), ((1,), (2,), (1, 2))])
+def test_windows_of_one_value_are_background_and_not_predicted(regions: Any) -> None:
+    image = torch.full((1, 12, 40), -1.0)
+    image[:, 4:8, 2:9] = torch.rand(4, 7)
+    seen: list[Tensor] = []
+
+    def predict(windows: Tensor) -> Tensor:
+        seen.extend(windows)
+        # Sure of the background where there is nothing, as a network would be that need not be asked.
+        found = (windows > 0).float()
+        return torch.cat([found if regions else 1 - found, found, 0 * found], 1)
+
+    chosen = plan((8, 8), 3).model_copy(update={"regions": regions})
+    result = slide(image, predict, chosen, 0.5, 4)
+    assert 0 < len(seen) < len(place_windows((12, 40), (8, 8), 0.5))
+    assert all(window.amin() != window.amax() for window in seen)
+    found = (image[0] > 0).float()
+    expected = torch.stack([found if regions else 1 - found, found, 0 * found])
+    torch.testing.assert_close(result, expected)
+    seen.clear()
+    slide(torch.zeros(1, 12, 40), predict, chosen, 0.5, 4)
+    assert len(seen) == len(place_windows((12, 40), (8, 8), 0.5))  # else nothing could be said of the image
 
 
 @pytest.mark.parametrize("size", [(9, 7), (31, 15, 5), (3,), (8, 12)])

@@ -354,14 +354,14 @@ def test_works_on_every_network(name: str, dimension: int) -> None:
     assert any(p.grad is not None and p.grad.any() for p in model.network.parameters())
 
 
-@pytest.mark.parametrize("preset", ["baseline_weak", "ram_dsir", "ram_dsir_official"])
+@pytest.mark.parametrize("preset", ["baseline_weak", "fast", "robust", "ram_dsir", "ram_dsir_official"])
 def test_presets_train(preset: str, phantom: Dataset, tmp_path: Any) -> None:
     overrides = ["plan.patch_size=[32, 32]", "train.batch_size=4", "train.steps=3", "train.threads=1"]
     overrides += ["network.width=4", "train.precision=bf16-mixed", "train.diagnose_every=2"]
     run = train(phantom, load(preset, overrides), tmp_path / "run")
     log = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
     assert len(log) == 3
-    if preset != "baseline_weak":  # one loss alone has no rival
+    if preset not in ("baseline_weak", "fast"):  # one loss alone has no rival
         ratios = [entry.get("ram_dsir_consistency_gradient_ratio") for entry in log]
         assert ratios[0] > 0
         assert ratios[1] is None

@@ -87,7 +87,7 @@ def preset_names() -> list[str]:
     )
 
 
-def load(preset: str = "baseline", overrides: Sequence[str] = ()) -> Config:
+def load(preset: str = "robust", overrides: Sequence[str] = ()) -> Config:
     """Build the configuration from a preset name or TOML file and `a.b=value` overrides.
 
     Raises:

@@ -71,14 +71,24 @@ def slide(
     overlap: float,
     batch_size: int,
 ) -> Float[Tensor, "k *s"]:
-    """Predict every window of an image on the plan's grid and merge the values by Gaussian weights."""
+    """Predict every window of an image on the plan's grid and merge the values by Gaussian weights.
+
+    Windows of one value alone, as beside a body whose surroundings were cut off, show nothing: they count as
+    background and are not predicted, unless there are no others.
+    """
     size = (1, *plan.patch_size) if plan.slice_wise else plan.patch_size
     context = plan.context_slices if plan.slice_wise else None
     starts = place_windows(image.shape[1:], size, overlap)
     weight = gaussian_weight(size).to(image.device)
     merged = image.new_zeros((plan.outputs, *image.shape[1:]))
     total = image.new_zeros(image.shape[1:])
-    for group in _grouped(starts, batch_size):
+    told = [start for start in starts if _varies(cut_patch(image, start, size, context))] or starts
+    for start in set(starts).difference(told):
+        to_image, from_window = _overlap(start, size, image.shape[1:])
+        if not plan.regions:
+            merged[(0, *to_image)] += weight[from_window]
+        total[to_image] += weight[from_window]
+    for group in _grouped(told, batch_size):
         values = predict(torch.stack([cut_patch(image, start, size, context) for start in group]))
         if context is not None:
             values = values[:, :, None]
@@ -87,6 +97,10 @@ def slide(
             merged[(slice(None), *to_image)] += value[(slice(None), *from_window)] * weight[from_window]
             total[to_image] += weight[from_window]
     return merged.div_(total)
+
+
+def _varies(window: Tensor) -> bool:
+    return bool(window.amin() != window.amax())
 
 
 def _overlap(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def train(
     dataset: DatasetPath,
     output: RunOutput,
-    preset: Preset = "baseline",
+    preset: Preset = "robust",
     set_: Overrides = None,
     test_domain: TestDomains = None,
     seed: Seed = None,
