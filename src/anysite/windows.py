@@ -82,13 +82,15 @@ def slide(
     weight = gaussian_weight(size).to(image.device)
     merged = image.new_zeros((plan.outputs, *image.shape[1:]))
     total = image.new_zeros(image.shape[1:])
-    told = [start for start in starts if _varies(cut_patch(image, start, size, context))] or starts
-    for start in set(starts).difference(told):
+    empty = {start: _is_constant(cut_patch(image, start, size, context)) for start in starts}
+    if all(empty.values()):
+        empty = dict.fromkeys(starts, False)
+    for start in (start for start in starts if empty[start]):
         to_image, from_window = _overlap(start, size, image.shape[1:])
         if not plan.regions:
             merged[(0, *to_image)] += weight[from_window]
         total[to_image] += weight[from_window]
-    for group in _grouped(told, batch_size):
+    for group in _grouped([start for start in starts if not empty[start]], batch_size):
         values = predict(torch.stack([cut_patch(image, start, size, context) for start in group]))
         if context is not None:
             values = values[:, :, None]
@@ -99,8 +101,8 @@ def slide(
     return merged.div_(total)
 
 
-def _varies(window: Tensor) -> bool:
-    return bool(window.amin() != window.amax())
+def _is_constant(window: Tensor) -> bool:
+    return bool(window.amin() == window.amax())
 
 
 def _overlap(
