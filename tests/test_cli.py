@@ -139,7 +139,7 @@ def test_the_masks_are_those_of_cases_not_trained_on(run: Path, masks: Path, pha
     manifest = predict.read_manifests(masks)
     assert sorted(manifest["cases"]) == sorted({*splits["held_out"], *splits["test"]})
     assert manifest["dataset"]["name"] == phantom_folder.name
-    assert manifest["runs"][0]["preset"] == "baseline"
+    assert manifest["runs"][0]["preset"] == "robust"
 
 
 def test_cases_trained_on_are_predicted_when_asked_for(
