@@ -39,7 +39,7 @@ HEADER = [
 ]
 RECIPE = "robust"
 RECIPE_HEADER = [
-    "| data | trained on | tested on | baseline, unseen | robust, unseen | gain, paired | closes of the gap "
+    "| data | trained on | tested on | baseline, unseen | robust, unseen | gain, paired | share of the gap closed "
     "| baseline, in domain | robust in domain, paired | seeds |",
     "|---|---|---|---|---|---|---|---|---|---|",
 ]

@@ -30,7 +30,10 @@ def predict(
         str, typer.Option(help="the I-th of N shares of the cases, for several machines")
     ] = "1/1",
     flips: Annotated[
-        bool | None, typer.Option(help="test-time augmentation by mirroring; default: the run's setting")
+        bool | None,
+        typer.Option(
+            help="test-time augmentation by mirroring, of runs trained with it; default: the run's setting"
+        ),
     ] = None,
     format: Annotated[
         str | None,
