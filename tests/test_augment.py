@@ -12,7 +12,7 @@ from scipy import ndimage
 from scipy.interpolate import BSpline
 
 from anysite import augment as module
-from anysite.augment import augment
+from anysite.augment import augment, find_mirrored_sides
 from anysite.config import parse
 from anysite.errors import ConfigError
 from anysite.settings import AugmentSettings
@@ -315,3 +315,20 @@ def test_a_constant_image_stays_finite(name):
     assert changed.isfinite().all()
     if name != "brightness":
         torch.testing.assert_close(changed, image)
+
+
+@pytest.mark.parametrize(
+    ("settings", "axes", "classes", "expected"),
+    [
+        ({}, "SAR", ("background", "left_kidney", "Right_Kidney"), (2, "left_kidney", "Right_Kidney")),
+        ({}, "AR", ("background", "hippocampus L", "hippocampus R"), (1, "hippocampus L", "hippocampus R")),
+        ({}, "", ("background", "lung-left", "lung-right"), (1, "lung-left", "lung-right")),
+        ({}, "SA", ("background", "left_kidney", "right_kidney"), None),  # slices from side to side
+        ({"flip": 0}, "SAR", ("background", "left_kidney", "right_kidney"), None),
+        ({"flip_axes": (0, 1)}, "SAR", ("background", "left_kidney", "right_kidney"), None),
+        ({"enabled": False}, "SAR", ("background", "left_kidney", "right_kidney"), None),
+        ({}, "SAR", ("background", "left_kidney", "liver", "cleft", "bright"), None),
+    ],
+)
+def test_classes_that_mirroring_mixes_up_are_found(settings, axes, classes, expected):
+    assert find_mirrored_sides(AugmentSettings(**settings), axes, classes) == expected

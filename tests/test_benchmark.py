@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from anysite import benchmark as benchmarking
 from anysite import registry
@@ -485,3 +486,15 @@ def test_classes_outside_anysite_are_trusted_by_the_processes_of_jobs_too(
     assert not outcome.error
     assert {row["adapt"] for row in outcome.rows} == {"none", "outside:Change:always"}
     assert {row["value"] for row in outcome.rows if row["metric"] == "adapted"} <= {0.0, 1.0}
+
+
+def test_a_structure_that_the_test_site_alone_shows_is_named(tmp_path: Path) -> None:
+    """It must not give the network an output, nor be counted as another one."""
+    folder = write_phantom(tmp_path / "phantom", patients_per_site=3, size=32, sites=("north", "west"))
+    (folder / "dataset.json").unlink()
+    for case in open_dataset(folder).cases:
+        if case.domain == "north" and case.label_path is not None:
+            array = np.array(Image.open(case.label_path))
+            Image.fromarray(np.where(array > 1, 0, array)).save(case.label_path)
+    job = list_jobs(open_dataset(folder), folder, ["baseline"], [0], "leave-one-out", TINY, None, ["west"])[0]
+    assert "label values 0, 1 at the training sites and 0, 1, 2" in run_job(job, 1, None).error

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -100,3 +101,15 @@ def test_channels_are_stacked_only_on_one_grid(tmp_path):
     assert Case("c", "p", "X", (first,), second).label().array.max() == 6
     with pytest.raises(DataError, match="c: a case without a label"):
         Case("c", "p", "X", (first,)).label()
+
+
+def test_who_the_dataset_itself_holds_out_is_held_out():
+    dataset = dataset_of([(patient, site) for patient in "pqrs" for site in "XY"])
+    marked = dataset.with_cases(
+        replace(c, held_out=c.patient == "q" and c.domain == "X") for c in dataset.cases
+    )
+    for seed in range(3):
+        train, held_out = marked.hold_out_patients(0.5, seed)
+        assert {c.patient for c in held_out.cases} == {"q"}
+        assert {c.patient for c in train.cases} == {"p", "r", "s"}
+    assert not marked.hold_out_patients(0, 0)[1].cases

@@ -21,7 +21,7 @@ from scipy import ndimage
 from anysite import evaluate as scoring
 from anysite.data.case import Case, Dataset
 from anysite.data.volume import Volume
-from anysite.errors import DataError, FileFormatError
+from anysite.errors import ConfigError, DataError, FileFormatError
 from anysite.evaluate import evaluate
 from anysite.manifest import manifest_path
 from anysite.metrics import METRICS
@@ -404,3 +404,28 @@ def test_rows_survive_a_cut_last_line_and_no_other_damage(tmp_path: Path) -> Non
         read_rows(tmp_path / "absent.jsonl")
     with pytest.raises(ValueError, match="Out of range float"):
         write_rows(tmp_path / "rows.jsonl", [{"value": float("nan")}])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (SUMMARY, '{"foreground_mean": {"Dice": 0.9}, "mean": {}, "metric_per_case": []}'),  # nnU-Net's
+        (SUMMARY, "not JSON"),
+        (SUMMARY, "[1]"),
+        (ROWS, '{"patient": "p", "age": 70}\n'),
+        (scoring.RELIABILITY, '{"bins": 3}'),
+    ],
+)
+def test_files_of_other_programs_are_not_replaced(tmp_path: Path, name: str, content: str) -> None:
+    dataset = dataset_of(tmp_path, {"a": boxes()})
+    folder = tmp_path / "masks"
+    write_array(folder / "a.nii", boxes())
+    (folder / name).write_text(content)
+    before = sorted(folder.iterdir())
+    with pytest.raises(ConfigError, match=f"{name} would be replaced, but anysite evaluate did not write it"):
+        evaluate(folder, dataset)
+    assert (folder / name).read_text() == content
+    assert sorted(folder.iterdir()) == before
+    (folder / name).unlink()
+    rows = evaluate(folder, dataset).rows
+    assert evaluate(folder, dataset).rows == rows  # over its own

@@ -164,11 +164,15 @@ def test_picture_modes(tmp_path):
     rgba, grey = rng.integers(0, 255, (5, 6, 4)).astype(np.uint8), rng.integers(0, 4, (5, 6)).astype(np.uint8)
     palette = Image.fromarray(grey, "L").convert("P")
     palette.putpalette(list(range(255, -1, -1)) * 3)
+    greys = Image.fromarray(grey, "L").convert("P")
+    greys.putpalette([level for level in range(255, -1, -1) for _ in range(3)])
     saved = {
         "rgba.png": (Image.fromarray(rgba), np.moveaxis(rgba[..., :3], -1, 0)),
         "rgb.tif": (Image.fromarray(rgba[..., :3]), np.moveaxis(rgba[..., :3], -1, 0)),
         "rgba.tif": (Image.fromarray(rgba), np.moveaxis(rgba[..., :3], -1, 0)),
-        "palette.png": (palette, np.asarray(palette)[None]),
+        "palette.png": (palette, np.moveaxis(np.asarray(palette.convert("RGB")), -1, 0)),
+        "palette.tif": (palette, np.moveaxis(np.asarray(palette.convert("RGB")), -1, 0)),
+        "palette_of_greys.png": (greys, np.asarray(greys.convert("L"))[None]),
         "sixteen.png": (Image.fromarray(grey.astype(np.uint16) * 9000), grey[None] * np.uint16(9000)),
         "bit.png": (Image.fromarray(grey > 1), (grey > 1)[None] * 255),
         "bit.tif": (Image.fromarray(grey > 1), (grey > 1)[None] * 255),
@@ -177,6 +181,34 @@ def test_picture_modes(tmp_path):
     for name, (image, expected) in saved.items():
         image.save(tmp_path / name)
         np.testing.assert_array_equal(files.read(tmp_path / name).array, expected, err_msg=name)
+    for name in ("palette.png", "palette.tif", "palette_of_greys.png"):
+        np.testing.assert_array_equal(files.read_label(tmp_path / name).array, grey[None], err_msg=name)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_pictures_are_upright_as_viewers_show_them(tmp_path, name, orientation):
+    stored = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(tmp_path / name, exif=exif)
+    if name == "a.jpg":  # which alters values
+        with Image.open(tmp_path / name) as image:
+            stored = np.asarray(image)
+    turned = {2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1], 5: stored.T}
+    turned |= {6: stored.T[:, ::-1], 7: stored.T[::-1, ::-1], 8: stored.T[::-1]}
+    np.testing.assert_array_equal(files.read(tmp_path / name).array[0], turned.get(orientation, stored))
+
+
+def test_tiff_that_has_to_be_turned_and_coloured_pages_are_refused(tmp_path):
+    pages = [Image.fromarray(np.full((3, 4), level, np.uint8)) for level in (1, 2)]
+    pages[0].save(tmp_path / "a.tif", tiffinfo={274: 6})
+    with pytest.raises(FileFormatError, match="turned"):
+        files.read(tmp_path / "a.tif")
+    coloured = [page.convert("P") for page in pages]
+    coloured[0].save(tmp_path / "b.tif", save_all=True, append_images=coloured[1:])
+    with pytest.raises(FileFormatError, match="palette"):
+        files.read(tmp_path / "b.tif")
 
 
 def test_axes_of_nifti_become_channels_or_space(tmp_path):

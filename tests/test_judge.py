@@ -587,3 +587,37 @@ def test_a_referral_is_what_the_files_the_command_and_the_report_say(
         read_sources([tmp_path / "out"])
     with pytest.raises(FileFormatError, match=r"verdicts\.json"):
         read_verdicts(tmp_path / "out" / ".." / "out")
+
+
+def test_references_that_are_all_alike_reject_nothing() -> None:
+    """As where the networks agree that rare lesions are in no known image."""
+    judge = Judge(JudgeSettings(detectors={"entropy": {}}))
+    judge.limits = {"entropy": (0.0, 0.0)}
+    judge.detectors["entropy"].fit(np.zeros((1, 1)))
+    assert judge._relative("entropy", 0.001) == 0
+    judge.limits = {"entropy": (0.0, 0.01)}
+    assert judge._relative("entropy", 0.001) == pytest.approx(0.1)
+
+
+def test_limits_count_only_for_segmentations_made_as_those_they_were_learned_from(draw: Draw) -> None:
+    judge = judge_of(draw, shifted=20, detectors={"histogram": {}, "entropy": {}})
+    output = draw()
+    known, alone = judge.judge(output), judge.judge(output, image_alone=True)
+    assert known.scores.keys() == {"histogram", "entropy", "combined", "quality"}
+    assert known.predicted_dice is not None
+    assert alone.scores == {"histogram": known.scores["histogram"]}
+    assert alone.predicted_dice is None
+
+
+def test_mirrored_views_that_the_limits_do_not_know_leave_the_image_alone_to_speak(
+    sites: Dataset, run: Run, tmp_path: Path
+) -> None:
+    case = next(case for case in sites.cases if case.id in run.splits["held_out"])
+    told = {}
+    for flips in (False, True):
+        list(predict([run], [case], tmp_path / str(flips), flips=flips))
+        told[flips] = read_verdicts(tmp_path / str(flips))[case.id]
+    speaking = {n for n in told[False]["scores"] if n in ("histogram", "spectral", "mahalanobis", "nearest")}
+    assert speaking < told[False]["scores"].keys()
+    assert told[True]["scores"].keys() == speaking
+    assert told[True]["predicted_dice"] is None

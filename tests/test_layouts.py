@@ -340,6 +340,12 @@ def test_a_datalist_names_every_file(tmp_path):
         assert dataset.classes == ("background", "vessel")
         assert files_of(dataset) == {"a_seg": ["a.png", "a2.png"], "b": ["b.png", "b.png"]}
         assert [(c.patient, c.domain) for c in dataset.cases] == [("7", "X"), ("b", "N")]
+    assert not any(case.held_out for case in dataset.cases)
+    declare(
+        tmp_path / "dataset.json", name="N", training=training[:1], validation=training[1:],
+        labels={"0": "background", "1": "vessel"},
+    )  # fmt: skip
+    assert [case.held_out for case in open_dataset(tmp_path).cases] == [False, True]
     declare(tmp_path / "dataset.json", training=[{"label": "a"}])
     with pytest.raises(DataError, match=r"training.0.image: Field required; expected"):
         open_dataset(tmp_path)

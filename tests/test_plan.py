@@ -409,3 +409,17 @@ def test_an_image_that_is_nearly_all_one_value_keeps_its_contrast() -> None:
     grid = plan.to_grid(Volume.of_pixels(array))
     assert float(grid[0, 31, 31]) > 5
     assert abs(float(grid.mean())) < 1e-5
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-9, 1.0, 1e9])
+def test_case_normalisation_heeds_contrast_whatever_its_unit(scale: float) -> None:
+    """Diffusion in m2/s is as good an image as one in mm2/s."""
+    values = np.random.default_rng(0).normal(1, 0.1, (1, 16, 16))
+    image = Volume.of_pixels((values * scale).astype(np.float64))
+    grid = plan(image_dimension=2, unit="px", spacing=(1, 1), patch_size=(16, 16), channels=1,
+                normalisation=(Normalisation(kind="case"),)).to_grid(image)  # fmt: skip
+    assert float(grid.std()) == pytest.approx(1, abs=0.01)
+    flat = Volume.of_pixels(np.full((1, 16, 16), scale))
+    flat.array[0, 0, 0] *= 1 + 1e-9  # no contrast, but what rounding makes
+    assert float(plan(image_dimension=2, unit="px", spacing=(1, 1), patch_size=(16, 16), channels=1,
+                      normalisation=(Normalisation(kind="case"),)).to_grid(flat).abs().max()) < 1e-3  # fmt: skip

@@ -458,3 +458,16 @@ def test_weights_of_another_network_are_refused(phantom: Dataset, run: Run, tmp_
     wider = replace(run, config=small_config("network.width=8"))
     with pytest.raises(runs.RunError, match="tensors that do not fit"):
         segment([wider], few(phantom), tmp_path)
+
+
+def test_numbered_pictures_are_cases_of_their_own(phantom: Dataset, run: Run, tmp_path: Path) -> None:
+    for index, case in enumerate(few(phantom)):
+        (tmp_path / f"frame_{index:04d}.png").write_bytes(case.image_paths[0].read_bytes())
+    dataset, _ = predict.open_input(tmp_path, run.plan)
+    assert [case.id for case in dataset.cases] == ["frame_0000", "frame_0001", "frame_0002"]
+    assert [case.patient for case in dataset.cases] == [case.id for case in dataset.cases]
+    channels = run.plan.model_copy(update={"channels": 3})
+    assert [case.id for case in predict.open_input(tmp_path, channels)[0].cases] == ["frame"]
+    for index in range(3, 9):
+        (tmp_path / f"frame_{index:04d}.png").write_bytes((tmp_path / "frame_0000.png").read_bytes())
+    assert len(open_images(tmp_path)) == 9

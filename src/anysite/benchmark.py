@@ -17,7 +17,14 @@ from anysite.config import choose_adapter
 from anysite.corrupt import CORRUPTIONS, fingerprint
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
-from anysite.errors import AnysiteError, ConfigError, InterruptedTraining, WorkerError, describe_error
+from anysite.errors import (
+    AnysiteError,
+    ConfigError,
+    InterruptedTraining,
+    LabelError,
+    WorkerError,
+    describe_error,
+)
 from anysite.experiment import NO_ADAPTER, Job, name_of, score_job, topic_of
 from anysite.judgement import VERDICT
 from anysite.metrics import METRICS
@@ -236,7 +243,7 @@ def run_job(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
         if keep_runs is not None:  # a kept run of other settings must not be taken for this job's
             parts = (job.dataset, job.name, job.seed, *job.test_domains, job.labels or "all", job.digest)
             folder /= "-".join(str(part).replace("/", "_") for part in parts)
-        rows = score_job(job, open_dataset(Path(job.dataset_path)), folder, threads)
+        rows = score_job(job, _open(job), folder, threads)
         return JobOutcome(job, rows)
     except InterruptedTraining:
         raise
@@ -245,6 +252,23 @@ def run_job(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
     finally:
         if keep_runs is None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open(job: Job) -> Dataset:
+    """Return the job's dataset with the classes that its training sites show, where nobody declared them.
+
+    Raises:
+        LabelError: the test sites' labels hold other values.
+    """
+    path = Path(job.dataset_path)
+    known, everything = open_dataset(path, unseen=job.test_domains), open_dataset(path)
+    if known.label_values != everything.label_values:
+        values = (", ".join(map(str, dataset.label_values)) for dataset in (known, everything))
+        raise LabelError(
+            "label values {} at the training sites and {} at all".format(*values), where=path,
+            expected="the same classes everywhere", fix="declare the classes in dataset.json",
+        )  # fmt: skip
+    return known
 
 
 def _append(output: Path, outcome: JobOutcome) -> None:

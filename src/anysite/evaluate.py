@@ -24,7 +24,15 @@ from anysite.data import files
 from anysite.data.case import Case, Dataset
 from anysite.data.probabilities import read_probabilities
 from anysite.data.volume import Volume
-from anysite.errors import CASE_ERRORS, DataError, FileFormatError, GeometryError, LabelError, describe_error
+from anysite.errors import (
+    CASE_ERRORS,
+    ConfigError,
+    DataError,
+    FileFormatError,
+    GeometryError,
+    LabelError,
+    describe_error,
+)
 from anysite.judgement import UNADAPTED_DICE
 from anysite.manifest import (
     MANIFESTS,
@@ -42,6 +50,7 @@ from anysite.rows import (
     describe_adaptation,
     describe_verdict,
     name_adapter,
+    read_rows,
     rows_of,
     summarise,
     write_rows,
@@ -82,11 +91,13 @@ def evaluate(
     Raises:
         DataError: no case of the dataset has a label, none of those has a mask in the folder, or the masks
             are of other classes.
+        ConfigError: rows or a summary would replace a file that is not ours, such as nnU-Net's summary.json.
         FileFormatError: there is no such folder, or its manifest cannot be read.
     """
     folder = Path(predictions)
     if not folder.is_dir():
         raise FileFormatError("no such folder", where=folder, expected="a folder of masks named after cases")
+    _require_own(folder)
     if not dataset.labelled:
         raise DataError("no case with a label", where=dataset.name, fix="score on a dataset that has labels")
     manifest = (
@@ -156,6 +167,29 @@ def evaluate(
             (folder / RELIABILITY).unlink(missing_ok=True)  # of other masks
     scored = {case.id for case, _ in found} | failed.keys()
     return Evaluation(rows, failed, tuple(c.id for c in dataset.labelled if c.id not in scored))
+
+
+def _require_own(folder: Path) -> None:
+    """Refuse to replace files that are called as ours and were written by another program."""
+
+    def is_own(path: Path) -> bool:
+        try:
+            if path.name == ROWS:
+                return all("metric" in row and "split" in row for row in read_rows(path))
+            content = atomic.read_json(path)
+        except FileFormatError:
+            return False
+        if path.name == SUMMARY:
+            return isinstance(content, dict) and {"by_split", "undefined", "failed"} <= content.keys()
+        splits = content.values() if isinstance(content, dict) else [None]
+        return all(isinstance(counts, dict) and "confidence" in counts for counts in splits)
+
+    for path in (folder / ROWS, folder / SUMMARY, folder / RELIABILITY):
+        if path.exists() and not is_own(path):
+            raise ConfigError(
+                f"{path.name} would be replaced, but anysite evaluate did not write it", where=folder,
+                fix="copy the masks to a folder of their own, or move that file away",
+            )  # fmt: skip
 
 
 def score_volume(

@@ -144,15 +144,19 @@ class Judge:
         empty = [reference.vectors["empty"][0] for reference in (*training, *clean)]
         self.share_empty = float(np.mean(empty)) if empty else 1.0
 
-    def judge(self, output: Output, least_dice: float = 0.0) -> Verdict:
+    def judge(self, output: Output, least_dice: float = 0.0, *, image_alone: bool = False) -> Verdict:
         """Return the verdict on what the run's network made of one image.
 
         Args:
             output: Of the image.
             least_dice: Where a lower Dice is to be expected the mask is sent to review.
+            image_alone: Leave out what speaks of the segmentation, and what rests on it: it is made in another way
+                than those that the limits were learned from.
         """
         described = self.describe(output)
         scores = self._score(described)
+        if image_alone:
+            scores = {name: score for name, score in scores.items() if self.detectors[name].of_shift}
         expected = None
         if self.weights and len(scores) == len(self.detectors) and np.isfinite(list(scores.values())).all():
             signs = quality.signs_of(np.array(list(scores.values())))
@@ -227,7 +231,9 @@ class Judge:
 
     def _relative(self, name: str, distance: float) -> float:
         usual, limit = self.limits[name]
-        return (distance - usual) / max(limit - usual, 1e-9 * max(1.0, abs(usual)))
+        spread = limit - usual
+        # Known images that are all alike in this tell nothing of how far others may be from them.
+        return (distance - usual) / spread if spread > 1e-9 * max(1.0, abs(usual)) else 0.0
 
     def _is_odd(self, vectors: Mapping[str, Vector]) -> bool:
         return bool(vectors["empty"][0]) and self.share_empty < 0.05

@@ -103,7 +103,8 @@ class Training:
                     with self.fabric.autocast():
                         batch_size = self.config.predict.batch_size
                         self.dice = validate(self.learner.network, cases, self.plan, batch_size)
-                    values["dice"] = self.dice
+                    if self.dice is not None:
+                        values["dice"] = self.dice
                 self._record(values, curves)
                 left_s = (self.steps - self.step) * (time.monotonic() - began) / (self.step - first)
                 self.on_progress(Progress(self.step, self.steps, values["total"], self.dice, left_s))

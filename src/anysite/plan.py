@@ -262,4 +262,6 @@ def _normalise(channel: np.ndarray, normalisation: Normalisation) -> np.ndarray:
     clipped = np.clip(channel, low, high) if low < high else channel
     # The mean over voxels in float64: float32 sums lose digits on large volumes.
     mean, std = clipped.mean(dtype=np.float64), clipped.std(dtype=np.float64)
-    return ((clipped - mean) / max(std, 1e-6)).astype(np.float32)
+    # What rounding makes of a constant is no contrast; how small the numbers are says nothing.
+    contrast = std if std > 1e-6 * np.abs(clipped).max() else 1.0
+    return ((clipped - mean) / contrast).astype(np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,7 +32,7 @@ from anysite.maps import Prediction
 from anysite.plan import Plan
 from anysite.previews import write_preview
 from anysite.runs import Run
-from anysite.segment import Segmenter
+from anysite.segment import Segmenter, segments_as_judged
 from anysite.settings import MaskFormat, PredictSettings
 from anysite.verdicts import VERDICT_FILES, write_verdicts
 
@@ -89,11 +89,20 @@ def open_input(path: Path, plan: Plan) -> tuple[Dataset, bool]:
         dataset = find_cases(path)
     except DataError:
         cases = open_images(path)  # says again what is wrong where it is a dataset after all
+        if any(len(case.image_paths) not in (1, plan.channels) for case in cases):
+            cases = _one_file_a_case(cases)
         return Dataset(path.resolve().name, cases, plan.classes, plan.label_values), False
     try:
         return open_dataset(path), True
     except DataError:  # labels that are missing or damaged hinder no prediction
         return Dataset(dataset.name, dataset.cases, plan.classes, plan.label_values), True
+
+
+def _one_file_a_case(cases: Sequence[Case]) -> tuple[Case, ...]:
+    """Return cases of which none has several files: those were numbered pictures, and no channels."""
+    single = [replace(case, image_paths=(path,)) for case in cases for path in case.image_paths]
+    names = [files.stem_of(case.image_paths[0]) for case in single]
+    return tuple(replace(case, id=name, patient=name) for case, name in zip(single, names, strict=True))
 
 
 def split_of(case: Case, run_folders: Sequence[Run], sites_known: bool = True) -> str:
@@ -106,6 +115,16 @@ def split_of(case: Case, run_folders: Sequence[Run], sites_known: bool = True) -
         return "unknown"
     found = {_role_of(case, run) for run in run_folders}
     return next(split for split in ("training", "unknown", "in_domain", "unseen") if split in found)
+
+
+def judged_by_image_alone(run_folders: Sequence[Run], flips: bool | None, task: str | None) -> bool:
+    """Tell whether verdicts leave out what speaks of segmentations, made otherwise than in training."""
+    asked = {name: value for name, value in {"flips": flips, "task": task}.items() if value is not None}
+    settings = run_folders[0].config.predict.model_copy(update=asked)
+    return any(
+        run.judge is not None and not segments_as_judged(run.config, run.plan, settings)
+        for run in run_folders
+    )
 
 
 def predict(

@@ -115,7 +115,8 @@ class Segmenter:
             before = after = self._predict(grid, member, watch=watch)
             verdict = None
             if judge is not None:
-                verdict = judge.judge(before, self.settings.least_dice)
+                image_alone = not segments_as_judged(member.config, member.plan, self.settings)
+                verdict = judge.judge(before, self.settings.least_dice, image_alone=image_alone)
                 verdicts.append(verdict)
             if adapter is None and self.settings.adapt.method != "none":
                 adaptations.append(Adaptation(self.settings.adapt.method, False, NOT_LEARNED))
@@ -371,6 +372,15 @@ def use_batch_statistics(network: nn.Module, where: Path) -> None:
     for norm in norms:
         norm.track_running_stats = False
         norm.running_mean = norm.running_var = None
+
+
+def segments_as_judged(config: Config, plan: Plan, settings: PredictSettings) -> bool:
+    """Tell whether a run's network is asked as it was when its judge's limits were learned.
+
+    Mirrored views that are averaged, or classes that are left out, alter how sure a segmentation seems to be.
+    """
+    mirrors = len(flip_combinations(plan, config)) > 1
+    return settings.task is None and (settings.flips == config.predict.flips or not mirrors)
 
 
 def flip_combinations(plan: Plan, config: Config) -> list[tuple[int, ...]]:

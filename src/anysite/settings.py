@@ -220,7 +220,9 @@ class PredictSettings(Settings):
     """Sliding-window inference."""
 
     overlap: float = Field(default=0.5, ge=0, lt=1)
-    flips: bool = Field(default=True, description="test-time augmentation by mirroring, where trained with it")
+    flips: bool = Field(
+        default=True, description="test-time augmentation by mirroring, where trained with it"
+    )
     batch_size: int = Field(default=8, gt=0)
     precision: Literal["auto", "32-true", "bf16-mixed"] = Field(
         default="auto", description="auto: bfloat16 where this device is faster with it, float32 elsewhere"

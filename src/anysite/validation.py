@@ -29,8 +29,8 @@ def prepare_validation(held_out: Dataset, plan: Plan, count: int) -> list[Prepar
     return [prepare(case, held_out, plan, 0) for case in held_out.cases_by_turns[:count]]
 
 
-def validate(network: Network, cases: Sequence[PreparedCase], plan: Plan, batch_size: int) -> float:
-    """Return the mean Dice over cases and the foreground classes they have, on the plan's grid."""
+def validate(network: Network, cases: Sequence[PreparedCase], plan: Plan, batch_size: int) -> float | None:
+    """Return the mean Dice over cases and the foreground classes they have, on the plan's grid; none without any."""
     device = next(network.parameters()).device
 
     def predict(windows: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def validate(network: Network, cases: Sequence[PreparedCase], plan: Plan, batch_
         for case in cases:
             probabilities = slide(case.image.float().to(device), predict, plan, OVERLAP, batch_size)
             scores += dice_of_maps(probabilities.cpu(), case.label, plan, case.known)
-    return sum(scores) / max(1, len(scores))
+    return sum(scores) / len(scores) if scores else None
 
 
 def dice_of_maps(probabilities: Tensor, label: Tensor, plan: Plan, known: Sequence[int]) -> list[float]:

@@ -94,6 +94,11 @@ def predict(
         cases = tuple(c for c in cases if prediction.split_of(c, opened, sites_known) != "training")
         if left_out := len(dataset.cases) - len(cases):
             console.say(f"{left_out} cases were trained on and are left out (--include-training keeps them)")
+    if prediction.judged_by_image_alone(opened, flips, task):
+        console.say(
+            "verdicts rest on the images alone: with this --flips or --task segmentations are made otherwise than "
+            "those that limits were learned from"
+        )
     share = prediction.select_part(cases, part)
     outcomes: list[CaseOutcome] = []
     with console.case_bar(len(share), "predicting") as advance:

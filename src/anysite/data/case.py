@@ -26,6 +26,7 @@ class Case:
     image_paths: tuple[Path, ...]
     label_path: Path | None = None
     task: str = ""
+    held_out: bool = False  # by the dataset itself
 
     def image(self) -> Volume:
         """Read the image, one file or one file a channel, as `(C, *S)`.
@@ -186,10 +187,11 @@ class Dataset:
     def hold_out_patients(self, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
         """Split into (training, held out) by patient, a like share of every site with two or more patients.
 
-        All cases of a patient stay together, also where a patient appears at several sites.
+        All cases of a patient stay together, also where a patient appears at several sites. Where the dataset
+        says itself who is held out, that counts in place of a share, unless nobody is to be.
         """
-        held_out: set[str] = set()
-        for domain in self.domains:
+        held_out = {case.patient for case in self.cases if case.held_out} if fraction > 0 else set[str]()
+        for domain in self.domains if not held_out else ():
             patients = sorted({c.patient for c in self.cases if c.domain == domain} - held_out)
             count = min(max(1, round(fraction * len(patients))), len(patients) - 1) if fraction > 0 else 0
             held_out.update(random.Random(f"{seed}/{domain}").sample(patients, max(0, count)))

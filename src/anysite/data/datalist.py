@@ -36,7 +36,7 @@ def is_datalist(path: Path) -> bool:
 
 
 def read_datalist(path: Path, default_domain: str) -> list[Case]:
-    """Return the training and validation cases; paths are relative to the file.
+    """Return the training cases and those for validation, which are held out; paths are relative to the file.
 
     A case is named after its label, or its first image, where the list gives it no name.
 
@@ -64,6 +64,7 @@ def read_datalist(path: Path, default_domain: str) -> list[Case]:
                     listed.domain or default_domain,
                     tuple(path.parent / image for image in images),
                     path.parent / listed.label if listed.label else None,
+                    held_out=key == "validation",
                 )
             )
     twice = [name for name, count in Counter(case.id for case in cases).items() if count > 1]

@@ -93,8 +93,11 @@ def is_picture(path: Path) -> bool:
     return _format_of(path).is_picture(Path(path))
 
 
-def read(path: Path) -> Volume:
+def read(path: Path, as_label: bool = False) -> Volume:
     """Read one image as a volume `(C, *S)` with the values it stores; DICOM may be a folder or a ZIP.
+
+    Args:
+        as_label: Whether of a picture with a palette its indices are meant, and not its colours.
 
     Raises:
         FileFormatError: the file is missing, truncated, too large, of unknown format or unreadable.
@@ -105,7 +108,8 @@ def read(path: Path) -> Volume:
     if not exists(path) or (path.is_dir() and suffix_of(path) != DICOM):
         raise FileFormatError("no such file", where=path)
     try:
-        volume = _format_of(path).read(path)
+        kind = _format_of(path)
+        volume = image2d.read(path, as_label) if kind is image2d else kind.read(path)
     except GeometryError as error:
         where = error.where or path
         raise GeometryError(error.found, where=where, expected=error.expected, fix=error.fix) from None
@@ -133,7 +137,7 @@ def read_label(path: Path, image_path: Path | None = None) -> Volume:
     path = Path(path)
     if exists(path) and suffix_of(path) == DICOM:
         return _read_dicom_label(path, image_path)
-    volume = _as_label(read(path), path)
+    volume = _as_label(read(path, as_label=True), path)
     if volume.dimension == 3 and image_path is not None and suffix_of(image_path) == DICOM:
         grid = _format_of(image_path).read_series(Path(image_path)).grid
         if grid.dimension == 3:

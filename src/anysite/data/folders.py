@@ -13,6 +13,7 @@ from anysite.data.case import Case
 from anysite.errors import DataError
 
 MAX_DEPTH = 5  # of folders of DICOM: patients, studies, series
+MAX_CHANNELS = 8  # of one unlabelled case alone, by the numbers of its files
 MASK_FOLDERS = ("masks", "labels")
 
 
@@ -98,13 +99,18 @@ def pair_files(
 
 
 def group_channels(stems: Mapping[str, Path], labels: Collection[str] = ()) -> dict[str, tuple[Path, ...]]:
-    """Group files by case: by _0000, _0001, ... if every name counts up so, else one file is one case."""
+    """Group files by case: by _0000, _0001, ... if every name counts up so, else one file is one case.
+
+    One series of more than `MAX_CHANNELS` numbers without a label is of pictures, not of channels.
+    """
     groups: dict[str, list[tuple[str, Path]]] = defaultdict(list)
     for stem, path in stems.items():
         match = re.fullmatch(r"(.+)_(\d{4})", stem)
         if match is None or stem in labels:
             return {stem: (path,) for stem, path in stems.items()}
         groups[match[1]].append((match[2], path))
+    if not labels and len(groups) == 1 and len(stems) > MAX_CHANNELS:
+        return {stem: (path,) for stem, path in stems.items()}
     for numbered in groups.values():
         if [number for number, _ in sorted(numbered)] != [f"{i:04d}" for i in range(len(numbered))]:
             return {stem: (path,) for stem, path in stems.items()}

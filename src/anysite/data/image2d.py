@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import tifffile
-from PIL import Image, ImageSequence
+from PIL import Image, ImageOps, ImageSequence
 
 from anysite.data.limits import require_modest
 from anysite.data.volume import Volume
@@ -28,16 +28,20 @@ DAMAGED = (
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 
 
-def read(path: Path) -> Volume:
-    """Read a picture as `(C, H, W)`; transparency is dropped, palettes keep their indices.
+def read(path: Path, as_label: bool = False) -> Volume:
+    """Read a picture as `(C, H, W)`, upright as viewers show it; transparency is dropped.
 
     A TIFF of several pages is a volume `(1, pages, H, W)` in pixel units.
+
+    Args:
+        as_label: Whether a palette's indices are what the picture means, and not its colours.
 
     Raises:
         FileFormatError: damaged, too large or of a kind that is not a picture.
     """
     try:
-        array = _read_tiff(path) if path.suffix.lower() in (".tif", ".tiff") else _read_pillow(path)
+        is_tiff = path.suffix.lower() in (".tif", ".tiff")
+        array = _read_tiff(path, as_label) if is_tiff else _read_pillow(path, as_label)
     except FileFormatError:
         raise
     except DAMAGED as error:
@@ -66,7 +70,7 @@ def write_label(volume: Volume, path: Path, image_path: Path | None = None) -> N
         Image.fromarray(array).save(path)
 
 
-def _read_pillow(path: Path) -> np.ndarray:
+def _read_pillow(path: Path, as_label: bool) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of half of what is refused
         with Image.open(path) as image:
@@ -76,14 +80,25 @@ def _read_pillow(path: Path) -> np.ndarray:
                     where=path,
                     fix="save it as TIFF, or one grey PNG a channel",
                 )
-            if image.mode in ("RGBA", "CMYK", "YCbCr", "LAB", "HSV"):
+            if getattr(image, "n_frames", 1) > 1 and image.format == "TIFF":
+                return np.stack([np.array(frame) for frame in ImageSequence.Iterator(image)])[None]
+            image = ImageOps.exif_transpose(image)  # of a TIFF there is nothing left to turn
+            if image.mode == "P" and not as_label:
+                image = _without_palette(image)
+            elif image.mode in ("RGBA", "CMYK", "YCbCr", "LAB", "HSV"):
                 image = image.convert("RGB")
             elif image.mode in ("LA", "1"):
                 image = image.convert("L")
-            if getattr(image, "n_frames", 1) > 1 and image.format == "TIFF":
-                return np.stack([np.array(frame) for frame in ImageSequence.Iterator(image)])[None]
             array = np.array(image)
     return array[None] if array.ndim == 2 else np.ascontiguousarray(np.moveaxis(array, -1, 0))
+
+
+def _without_palette(image: Image.Image) -> Image.Image:
+    """Return the colours that a palette means, as grey where all of them are."""
+    colours = image.convert("RGB")
+    red, green, blue = colours.split()
+    grey = red.tobytes() == green.tobytes() == blue.tobytes()
+    return red if grey else colours
 
 
 def _bits_of_png(path: Path) -> int:
@@ -91,7 +106,7 @@ def _bits_of_png(path: Path) -> int:
         return file.read(25)[24]  # in its first chunk, which has a fixed place
 
 
-def _read_tiff(path: Path) -> np.ndarray:
+def _read_tiff(path: Path, as_label: bool) -> np.ndarray:
     with tifffile.TiffFile(path) as tiff:
         series = tiff.series[0]
         voxels = math.prod(map(int, series.shape))
@@ -102,10 +117,17 @@ def _read_tiff(path: Path) -> np.ndarray:
             raise FileFormatError("pages of different shapes", where=path, expected="pages of one shape")
         _require_all_pages(tiff, path)
         axes, array = series.axes, None
-        if series.keyframe.compression in TIFF_COMPRESSIONS:
+        if series.keyframe.tags.valueof("Orientation", 1) != 1:  # which Pillow turns wrongly
+            raise FileFormatError(
+                "a TIFF that has to be turned (Orientation)", where=path, expected="upright pages"
+            )
+        coloured = series.keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE and not as_label
+        if coloured and len(series.pages) > 1:
+            raise FileFormatError("pages coloured by a palette", where=path, expected="grey values")
+        if series.keyframe.compression in TIFF_COMPRESSIONS and not coloured:
             array = series.asarray()
     if array is None:
-        return _read_pillow(path)
+        return _read_pillow(path, as_label)
     if array.dtype == bool:  # as Pillow does for 1-bit PNG
         array = array.astype(np.uint8) * 255
     if "S" in axes:  # samples: colour, with or without transparency
