@@ -109,7 +109,7 @@ def _describe_recipe(title: str, trained_on: str, methods: dict[str, list[Report
     )
     closed = "-"
     if recipe.comparison is not None and base.gap is not None and base.gap > 0:
-        closed = f"{100 * recipe.comparison.difference.mean / base.gap:.0f} % of {100 * base.gap:.1f}"
+        closed = f"{round(100 * recipe.comparison.difference.mean / base.gap)} % of {100 * base.gap:.1f}"
     tested_on = ", ".join(recipe.sites) or "-"
     cells = [title, trained_on, tested_on, _text(base.unseen), _text(recipe.unseen), gain, closed,
              _text(base.in_domain), cost, str(len(recipe.seeds))]  # fmt: skip
