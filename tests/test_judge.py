@@ -18,6 +18,7 @@ from anysite.augment import blur
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
+from anysite.data.volume import Volume
 from anysite.detectors import Agreement, Detector, Layer, Output, add_layers
 from anysite.detectors.mahalanobis import learn_components, measure
 from anysite.detectors.spectral import signature, split_signatures
@@ -41,7 +42,7 @@ from anysite.predict import predict
 from anysite.references import learn_references
 from anysite.report.read import read_sources
 from anysite.runs import Run
-from anysite.segment import Segmenter, count_agreement, count_shared, sum_layer
+from anysite.segment import Segmenter, count_agreement, count_shared, flip_combinations, sum_layer
 from anysite.settings import JudgeSettings
 from anysite.train import train
 from anysite.verdicts import read_verdicts
@@ -621,3 +622,20 @@ def test_mirrored_views_that_the_limits_do_not_know_leave_the_image_alone_to_spe
     assert speaking < told[False]["scores"].keys()
     assert told[True]["scores"].keys() == speaking
     assert told[True]["predicted_dice"] is None
+
+
+def test_windows_that_overlap_are_views_of_a_network_without_mirrored_ones(
+    sites: Dataset, run: Run, tmp_path: Path
+) -> None:
+    image = sites.cases[0].image()
+    segmenter = Segmenter([run])
+    assert flip_combinations(run.plan, run.config)[1:]
+    mirrored = segmenter.observe(image, flips=True).agreement
+    windows = segmenter.observe(image, flips=False).agreement
+    assert mirrored is not None
+    assert windows is not None
+    assert len(mirrored.shared) == 2**run.plan.dimension
+    assert len(windows.shared) == 2
+    assert 0 <= windows.pairwise_dice < 1
+    small = Volume.of_pixels(image.array[:, :20, :20])
+    assert segmenter.observe(small, flips=False).agreement is None

@@ -423,3 +423,39 @@ def test_a_case_that_cannot_be_prepared_is_named(
     other = Case("other", "other", "north", good.image_paths, tmp_path / "small.png")
     with pytest.raises(DataError, match=r"^other: a label of shape \(10, 10\); expected \(64, 64\)"):
         prepare(other, phantom, phantom_plan, 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "overlap"), [((20, 13), (8, 8), 0.5), ((9, 21, 8), (5, 9, 6), 0.4)]
+)
+def test_windows_are_compared_with_what_those_before_them_made_of_the_same_voxels(
+    shape: Any, size: Any, overlap: float
+) -> None:
+    numbers = iter(range(100))
+
+    def count(windows: Tensor) -> Tensor:  # every window says its own number everywhere
+        return torch.stack([torch.full((1, *size), float(next(numbers))) for _ in windows])
+
+    told: list[tuple[Tensor, Tensor]] = []
+    image = torch.randn(1, *shape)
+    slide(image, count, plan(size, 1), overlap, 3, lambda before, now: told.append((before, now)))
+    weight = gaussian_weight(size)
+    merged, total, expected = torch.zeros(shape), torch.zeros(shape), []
+    for number, start in enumerate(place_windows(shape, size, overlap)):
+        place = tuple(slice(s, s + n) for s, n in zip(start, size, strict=True))
+        shared = (total[place] >= 0.01 * weight.max()) & (weight >= 0.01 * weight.max())
+        if shared.any():
+            expected.append((merged[place][shared] / total[place][shared], number))
+        merged[place] += number * weight
+        total[place] += weight
+    assert len(told) == len(expected) > 0
+    for (before, now), (merged_before, number) in zip(told, expected, strict=True):
+        torch.testing.assert_close(before[0], merged_before)
+        assert (now == number).all()
+        assert before.shape == now.shape
+
+
+def test_one_window_has_nothing_to_be_compared_with() -> None:
+    slide(
+        torch.randn(1, 7, 6), identity, plan((8, 8), 1), 0.5, 2, lambda before, now: pytest.fail("compared")
+    )

@@ -81,7 +81,7 @@ def find_fault(settings: AdaptSettings, before: Output, after: Output) -> tuple[
     if before.agreement is not None and after.agreement is not None:
         fall = before.agreement.pairwise_dice - after.agreement.pairwise_dice
         if fall > settings.agreement_fall:
-            return f"mirrored views agree less by {fall:.3f}", changed
+            return f"views of the image agree less by {fall:.3f}", changed
     return "", changed
 
 

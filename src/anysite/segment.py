@@ -257,7 +257,7 @@ class Segmenter:
         agreement: Agreement | None = None
 
         def predict(windows: Tensor) -> Tensor:
-            nonlocal layers, agreement
+            nonlocal layers
             windows = windows.contiguous(memory_format=network.memory_format)
             views = []
             for axes in sets:
@@ -273,14 +273,25 @@ class Segmenter:
             if len(views) == 1:
                 return views[0]
             if watch:
-                found = count_agreement(views, bool(plan.regions))
-                agreement = found if agreement is None else agreement + found
+                compare(views)
             return torch.stack(views).mean(0)
 
+        def compare(views: Sequence[Tensor]) -> None:
+            nonlocal agreement
+            found = count_agreement(views, bool(plan.regions))
+            agreement = found if agreement is None else agreement + found
+
+        def compare_windows(before: Tensor, now: Tensor) -> None:
+            compare([before[None], now[None]])
+
+        other_views = (
+            watch and len(sets) == 1
+        )  # windows that overlap see the same voxels, each in its own context
         with torch.inference_mode(), self._autocast():
             probabilities = slide(
-                image.to(self.device), predict, plan, self.settings.overlap, self.settings.batch_size
-            )
+                image.to(self.device), predict, plan, self.settings.overlap, self.settings.batch_size,
+                compare_windows if other_views else None,
+            )  # fmt: skip
         return Output(image.cpu().numpy(), probabilities.cpu().numpy(), bool(plan.regions), layers, agreement)
 
 

@@ -209,7 +209,7 @@ class AdaptSettings(Settings):
     least_agreement: float = Field(default=0.7, ge=0, le=1, description="Dice of the masks before and after")
     most_changed: float = Field(default=0.5, ge=0, description="voxels that changed over those found before")
     agreement_fall: float = Field(
-        default=0.02, ge=0, description="mirrored views may agree less by so much Dice"
+        default=0.02, ge=0, description="views of the image may agree less by so much Dice"
     )
 
 

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from anysite.plan import Plan
 
+COUNTS = 0.01  # of a window's greatest weight, above which what it says of a voxel is compared with others
+
 
 def cut_patch(
     image: Tensor, start: Sequence[int], size: Sequence[int], context_slices: int | None = None
@@ -70,16 +72,22 @@ def slide(
     plan: Plan,
     overlap: float,
     batch_size: int,
+    on_overlap: Callable[[Float[Tensor, "k n"], Float[Tensor, "k n"]], None] | None = None,
 ) -> Float[Tensor, "k *s"]:
     """Predict every window of an image on the plan's grid and merge the values by Gaussian weights.
 
     Windows of one value alone, as beside a body whose surroundings were cut off, show nothing: they count as
     background and are not predicted, unless there are no others.
+
+    Args:
+        on_overlap: Is given, for every window, what the windows before it made together of the voxels that they
+            share, and what it makes of them; not where a window hardly counts, near its border.
     """
     size = (1, *plan.patch_size) if plan.slice_wise else plan.patch_size
     context = plan.context_slices if plan.slice_wise else None
     starts = place_windows(image.shape[1:], size, overlap)
     weight = gaussian_weight(size).to(image.device)
+    least = COUNTS * float(weight.max())
     merged = image.new_zeros((plan.outputs, *image.shape[1:]))
     total = image.new_zeros(image.shape[1:])
     empty = {start: _is_constant(cut_patch(image, start, size, context)) for start in starts}
@@ -96,8 +104,14 @@ def slide(
             values = values[:, :, None]
         for value, start in zip(values, group, strict=True):
             to_image, from_window = _overlap(start, size, image.shape[1:])
-            merged[(slice(None), *to_image)] += value[(slice(None), *from_window)] * weight[from_window]
-            total[to_image] += weight[from_window]
+            inside, own, before = value[(slice(None), *from_window)], weight[from_window], total[to_image]
+            if on_overlap is not None:
+                shared = (before >= least) & (own >= least)
+                if shared.any():
+                    known = merged[(slice(None), *to_image)][:, shared] / before[shared]
+                    on_overlap(known, inside[:, shared])
+            merged[(slice(None), *to_image)] += inside * own
+            total[to_image] += own
     return merged.div_(total)
 
 

@@ -67,7 +67,8 @@ class Output:
         image: Normalised intensities.
         probabilities: One map a class, or a region where they are `overlapping`.
         layers: Of the encoder, bottleneck last.
-        agreement: Of the segmentations of mirrored views; none where there was one view only.
+        agreement: Of the segmentations of mirrored views, or, without them, of windows that overlap; none where one
+            view of one window saw it all.
     """
 
     image: Float[np.ndarray, "c *s"]

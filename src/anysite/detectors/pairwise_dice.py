@@ -8,13 +8,14 @@ from anysite.detectors import Detector, Output, Vector, Vectors
 
 
 class PairwiseDice(Detector):
-    """How far the segmentations of the image and of its mirror images disagree: 1 minus their mean Dice.
+    """How far several segmentations of the image disagree: 1 minus their mean Dice.
 
-    The benchmark compared members of an ensemble; mirrored views come with test-time augmentation and cost nothing
-    more. Without them it says nothing.
+    The benchmark compared members of an ensemble. Here they are those that cost nothing more: of mirrored views, which
+    test-time augmentation makes anyway, or, of networks that know none, of windows that overlap, each of which sees
+    the same voxels in a context of its own. Of an image in one window it then says nothing.
     """
 
-    reason = "mirrored, the image is segmented differently"
+    reason = "seen otherwise (mirrored, or in another window), it is segmented differently"
     of_shift = False
 
     def can_describe(self, output: Output) -> bool:
