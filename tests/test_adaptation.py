@@ -401,7 +401,7 @@ def test_the_guard_names_every_fault() -> None:
         (output(square(30), 0.95), "volume became 2.25"),
         (output(square(20, 25), 0.95), "share a Dice of"),
         (output(square(20, 13), 0.95), "of the voxels found before changed"),
-        (output(square(20), 0.9), "mirrored views agree less"),
+        (output(square(20), 0.9), "views of the image agree less"),
         (output(0 * square(20), 0.95), "volume became 0.00"),
         (broken, "not finite"),
     ):
