@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from anysite import atomic, cli, registry, runs
+from anysite import judge as judging
 from anysite.augment import blur
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
@@ -639,3 +640,15 @@ def test_windows_that_overlap_are_views_of_a_network_without_mirrored_ones(
     assert 0 <= windows.pairwise_dice < 1
     small = Volume.of_pixels(image.array[:, :20, :20])
     assert segmenter.observe(small, flips=False).agreement is None
+
+
+@pytest.mark.parametrize("count", [5, 10, 30])
+@pytest.mark.parametrize("share", [0.95, 0.99])
+def test_a_further_image_crosses_a_limit_as_seldom_as_stated(count: int, share: float) -> None:
+    """Also of few images, of which neither mean nor spread is sure."""
+    rng = np.random.default_rng(0)
+    crossed = []
+    for _ in range(4000):
+        *known, further = rng.normal(size=count + 1)
+        crossed.append(further > judging._find_limit(known, share)[1])
+    assert np.mean(crossed) <= (1 - share) * 1.2 + 0.001

@@ -118,9 +118,9 @@ class Judge:
         Distances of training images are taken with all images of their patient left out of the references. Of
         detectors that speak of the segmentation they say nothing, and held-out images alone count where there are
         enough. A limit is the quantile of the false-alarm rate, shared out among the scores, or where a
-        normal distribution of these distances would have it, whichever is higher: of few images the quantile is
-        but the largest. Detectors with fewer than five distances are dropped. From held-out images and their
-        shifted copies the judge learns which signs together tell a shift, and what Dice to expect.
+        normal distribution of these distances would have it for one image more, whichever is higher: of few images
+        the quantile is but the largest. Detectors with fewer than five distances are dropped. From held-out images
+        and their shifted copies the judge learns which signs together tell a shift, and what Dice to expect.
         """
         clean = [reference for reference in held_out if not reference.shifted]
         patients = [reference.patient for reference in training]
@@ -301,6 +301,12 @@ def average_verdicts(
 
 
 def _find_limit(distances: Sequence[float], share: float) -> tuple[float, float]:
-    """Return the median, and where a review begins so that so large a share of such images lies below."""
-    normal = np.mean(distances) + special.ndtri(share) * np.std(distances, ddof=1)
+    """Return the median, and where a review begins so that so large a share of further such images lies below.
+
+    Of few distances neither the mean nor the spread is sure, so that a normal distribution's quantile would be crossed
+    several times as often: the limit is that of Student's t for one image more.
+    """
+    count = len(distances)
+    beyond = special.stdtrit(count - 1, share) * np.sqrt(1 + 1 / count)
+    normal = np.mean(distances) + beyond * np.std(distances, ddof=1)
     return float(np.median(distances)), max(float(np.quantile(distances, share)), float(normal))
