@@ -26,7 +26,7 @@ def write_judging_tables(text: str) -> str:
         commits = ", ".join(sorted({f"`{row['commit']}`" for row in read_rows(RESULTS / name)}))
         lines += [f"### {entry['title']}", ""]
         for dataset in dict.fromkeys(row.dataset for row in rows):
-            judgement = describe_judgement("baseline", [row for row in rows if row.dataset == dataset])
+            judgement = describe_judgement(dataset, [row for row in rows if row.dataset == dataset])
             assert judgement is not None, f"{name} holds no verdicts"
             lines += [f"{dataset}, {count(judgement.runs, 'training')}:", "", *_describe(judgement)]
         lines += [f"```\n{entry['command']}\n```", "", f"Commit {commits}.", ""]
@@ -39,6 +39,7 @@ def _describe(judgement: Judgement) -> list[str]:
         "number",
         *DECISIONS,
         "refused",
+        "beyond a limit",
         "failed",
         "silent",
         "Dice as predicted",
@@ -65,7 +66,14 @@ def _describe_passed(group: Passed) -> str:
     share = f" ({patients}, [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}] %)" if interval else ""
     counts = " | ".join(str(group.decisions[decision]) for decision in DECISIONS)
     within = f"{group.within} of {group.predicted}" if group.predicted else "-"
-    cells = [KINDS[group.kind], str(group.images), counts, str(group.refused), str(group.failed)]
+    cells = [
+        KINDS[group.kind],
+        str(group.images),
+        counts,
+        str(group.refused),
+        str(group.beyond),
+        str(group.failed),
+    ]
     return f"| {' | '.join(cells)} | {group.silent}{share} | {within} |"
 
 

@@ -83,6 +83,7 @@ def test_what_the_section_says_is_what_the_rows_say() -> None:
     assert passed["in_domain"].silent_interval == pytest.approx((0.0084, 0.9057), abs=1e-4)
     assert (passed["in_domain"].predicted, passed["in_domain"].within) == (2, 1)  # 0.9 is above 0.85
     assert passed["unseen"].silent_interval is None  # none was accepted
+    assert {kind: group.beyond for kind, group in passed.items()} == {"in_domain": 1, "unseen": 2, "other": 1}
     assert (passed["other"].silent, passed["other"].refused) == (1, 1)
 
 

@@ -55,6 +55,11 @@ class Judged:
         """The mean over classes, none where none is defined."""
         return fmean(self.dice) if self.dice else None
 
+    @property
+    def is_beyond(self) -> bool:
+        """Whether a score is beyond its limit, or not finite."""
+        return any(not score <= 1 for name, score in self.scores.items() if name != REFERRAL)
+
 
 @dataclass(frozen=True)
 class Shift:
@@ -82,6 +87,8 @@ class FailureRanking:
 class Passed:
     """What became of one kind of image; `silent` are accepted failures, or accepted images of another dataset.
 
+    `beyond` have a score beyond its limit: of known images as many as the stated rate of false alarms allows.
+
     `silent_patients` counts those with a silent failure among those with an accepted mask; the interval is of that
     share, since images of one patient, and seeds, are not independent.
     """
@@ -90,6 +97,7 @@ class Passed:
     images: int
     refused: int
     decisions: dict[str, int]
+    beyond: int
     failed: int
     silent: int
     silent_patients: tuple[int, int]
@@ -263,6 +271,7 @@ def _count(judged: Sequence[Judged]) -> Iterable[Passed]:
             images=len(chosen),
             refused=sum(one.decision == "refused" for one in chosen),
             decisions=decisions,
+            beyond=sum(one.is_beyond for one in chosen),
             failed=len(bad),
             silent=silent,
             silent_patients=(len(betrayed), len(trusted)),
