@@ -39,7 +39,7 @@ from anysite.judge import (
 from anysite.judgement import suspicion
 from anysite.learner import build_network
 from anysite.plan import Normalisation, Plan
-from anysite.predict import predict
+from anysite.predict import judged_by_image_alone, predict
 from anysite.references import learn_references
 from anysite.report.read import read_sources
 from anysite.runs import Run
@@ -622,6 +622,8 @@ def test_mirrored_views_that_the_limits_do_not_know_leave_the_image_alone_to_spe
     speaking = {n for n in told[False]["scores"] if n in ("histogram", "spectral", "mahalanobis", "nearest")}
     assert speaking < told[False]["scores"].keys()
     assert told[True]["scores"].keys() == speaking
+    assert [judged_by_image_alone([run], flips, None) for flips in (None, False, True)] == [False, False, True]
+    assert judged_by_image_alone([run], None, "heart")
     assert told[True]["predicted_dice"] is None
 
 
