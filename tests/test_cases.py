@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from anysite.data.case import Case, Dataset
 from anysite.data.volume import Volume
 from anysite.errors import DataError, GeometryError, LabelError
+from anysite.splits import split
+from conftest import small_config
 
 
 def dataset_of(cases: list[tuple[str, str]], **settings) -> Dataset:
@@ -113,3 +115,21 @@ def test_who_the_dataset_itself_holds_out_is_held_out():
         assert {c.patient for c in held_out.cases} == {"q"}
         assert {c.patient for c in train.cases} == {"p", "r", "s"}
     assert not marked.hold_out_patients(0, 0)[1].cases
+
+
+def test_of_several_datasets_only_the_one_with_a_list_is_held_out_by_it():
+    dataset = dataset_of([(f"{site}{n}", site) for site in "XY" for n in range(10)])
+    marked = dataset.with_cases(
+        replace(c, task=c.domain, held_out=c.patient in ("X0", "X1")) for c in dataset.cases
+    )
+    held_out = {c.patient for c in marked.hold_out_patients(0.2, 0)[1].cases}
+    assert {p for p in held_out if p.startswith("X")} == {"X0", "X1"}
+    assert len({p for p in held_out if p.startswith("Y")}) == 2
+
+
+def test_images_of_those_held_out_by_a_list_are_not_learned_from_without_labels():
+    labelled = [Case(f"l{n}", f"l{n}", "X", (Path("x"),), Path("y")) for n in range(6)]
+    apart = [Case(f"v{n}", f"v{n}", "X", (Path("x"),), held_out=True) for n in range(2)]
+    found = split(dataset_of([]).with_cases([*labelled, *apart]), small_config("train.unlabelled_share=0.5"))
+    assert not {case.id for case in (*found.unlabelled, *found.images.cases)} & {"v0", "v1"}
+    assert found.held_out.cases  # a share of those with labels

@@ -622,7 +622,11 @@ def test_mirrored_views_that_the_limits_do_not_know_leave_the_image_alone_to_spe
     speaking = {n for n in told[False]["scores"] if n in ("histogram", "spectral", "mahalanobis", "nearest")}
     assert speaking < told[False]["scores"].keys()
     assert told[True]["scores"].keys() == speaking
-    assert [judged_by_image_alone([run], flips, None) for flips in (None, False, True)] == [False, False, True]
+    assert [judged_by_image_alone([run], flips, None) for flips in (None, False, True)] == [
+        False,
+        False,
+        True,
+    ]
     assert judged_by_image_alone([run], None, "heart")
     assert told[True]["predicted_dice"] is None
 
@@ -654,3 +658,17 @@ def test_a_further_image_crosses_a_limit_as_seldom_as_stated(count: int, share: 
         *known, further = rng.normal(size=count + 1)
         crossed.append(further > judging._find_limit(known, share)[1])
     assert np.mean(crossed) <= (1 - share) * 1.2 + 0.001
+
+
+def test_a_detector_that_some_held_out_images_know_nothing_of_is_dropped(draw: Draw) -> None:
+    """As of windows that overlap, where one holds some of the images: the joint scores would miss those."""
+    judge = Judge(JudgeSettings(detectors={"histogram": {}, "pairwise_dice": {}}))
+    training = references([judge.describe(draw()) for _ in range(8)])
+    clean = references([judge.describe(draw()) for _ in range(12)], 100)
+    for reference in clean[::2]:
+        del reference.vectors["pairwise_dice"]  # type: ignore[attr-defined]
+    shifted = [replace(r, vectors=judge.describe(draw(1)), shifted=True) for r in clean]
+    known = [replace(r, dice=0.5 + 0.03 * n) for n, r in enumerate([*clean, *shifted])]
+    judge.fit(training, known)
+    assert judge.detectors.keys() == {"histogram"}
+    assert judge.judge(draw()).scores.keys() == {"histogram", "combined", "quality"}

@@ -468,6 +468,11 @@ def test_numbered_pictures_are_cases_of_their_own(phantom: Dataset, run: Run, tm
     assert [case.patient for case in dataset.cases] == [case.id for case in dataset.cases]
     channels = run.plan.model_copy(update={"channels": 3})
     assert [case.id for case in predict.open_input(tmp_path, channels)[0].cases] == ["frame"]
+    (tmp_path / "other_0000.png").write_bytes((tmp_path / "frame_0000.png").read_bytes())
+    (tmp_path / "other_0001.png").write_bytes((tmp_path / "frame_0000.png").read_bytes())
+    assert [case.id for case in predict.open_input(tmp_path, channels)[0].cases] == ["frame", "other"]
+    for index in range(2):
+        (tmp_path / f"other_{index:04d}.png").unlink()
     for index in range(3, 9):
         (tmp_path / f"frame_{index:04d}.png").write_bytes((tmp_path / "frame_0000.png").read_bytes())
     assert len(open_images(tmp_path)) == 9

@@ -261,6 +261,8 @@ def _open(job: Job) -> Dataset:
         LabelError: the test sites' labels hold other values.
     """
     path = Path(job.dataset_path)
+    if not job.test_domains:
+        return open_dataset(path)
     known, everything = open_dataset(path, unseen=job.test_domains), open_dataset(path)
     if known.label_values != everything.label_values:
         values = (", ".join(map(str, dataset.label_values)) for dataset in (known, everything))

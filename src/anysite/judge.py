@@ -119,7 +119,8 @@ class Judge:
         detectors that speak of the segmentation they say nothing, and held-out images alone count where there are
         enough. A limit is the quantile of the false-alarm rate, shared out among the scores, or where a
         normal distribution of these distances would have it for one image more, whichever is higher: of few images
-        the quantile is but the largest. Detectors with fewer than five distances are dropped. From held-out images
+        the quantile is but the largest. Detectors with fewer than five distances are dropped, and those that cannot
+        describe every held-out image. From held-out images
         and their shifted copies the judge learns which signs together tell a shift, and what Dice to expect.
         """
         clean = [reference for reference in held_out if not reference.shifted]
@@ -135,7 +136,7 @@ class Judge:
             distances = [detector.distance(vector) for vector in vectors]
             if enough and len(learned) == len(training) and (detector.of_shift or len(distances) < LEAST):
                 distances += detector.leave_one_out(np.stack(learned), patients).tolist()
-            if len(distances) < LEAST:
+            if len(distances) < LEAST or len(vectors) < len(clean):  # of some it would leave nothing joint
                 del self.detectors[name]
                 continue
             self.limits[name] = _find_limit(distances, share)

@@ -89,7 +89,8 @@ def open_input(path: Path, plan: Plan) -> tuple[Dataset, bool]:
         dataset = find_cases(path)
     except DataError:
         cases = open_images(path)  # says again what is wrong where it is a dataset after all
-        if any(len(case.image_paths) not in (1, plan.channels) for case in cases):
+        counts = {len(case.image_paths) for case in cases}
+        if counts - {1, plan.channels} and (plan.channels == 1 or plan.channels not in counts):
             cases = _one_file_a_case(cases)
         return Dataset(path.resolve().name, cases, plan.classes, plan.label_values), False
     try:

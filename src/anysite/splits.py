@@ -60,6 +60,8 @@ def split(dataset: Dataset, config: Config) -> Splits:
     source = everything.with_cases(case for case in everything.usable if case.patient not in tested)
     training, held_out = source.hold_out_patients(config.train.validation_fraction, config.seed)
     apart = tested | {case.patient for case in held_out.cases}
+    if config.train.validation_fraction > 0:  # also of images without a label
+        apart |= {case.patient for case in everything.cases if case.held_out}
     images = everything.with_cases(case for case in everything.cases if case.patient not in apart)
     if config.train.labelled_patients is not None:
         chosen = draw_patients(training, config.train.labelled_patients, config.seed)

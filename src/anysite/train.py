@@ -127,10 +127,11 @@ def _start(job: _Job) -> None:
         require_sound(job.dataset.with_cases(case for case in job.dataset.cases if case.id in seen), threads)
     plan = job.plan or learn_plan(splits.training, job.config.plan, threads)
     if sides := find_mirrored_sides(job.config.augment, plan.axes[-plan.dimension :], plan.classes):
-        kept = [axis for axis in choose_flip_axes(job.config.augment, plan.dimension) if axis != sides.axis]
+        axes = choose_flip_axes(job.config.augment, plan.dimension)
+        kept = ",".join(str(axis) for axis in axes if axis != sides.axis)
         job.warn(
             f"{sides.one} and {sides.other}: training mirrors left and right; where only their side tells them "
-            f"apart, start anew with --set augment.flip_axes={kept}"
+            f"apart, start anew with --set augment.flip_axes=[{kept}]"
         )
     domains = splits.learned_domains
     if job.config.predict.task:

@@ -96,8 +96,8 @@ def predict(
             console.say(f"{left_out} cases were trained on and are left out (--include-training keeps them)")
     if prediction.judged_by_image_alone(opened, flips, task):
         console.say(
-            "verdicts rest on the images alone: with this --flips or --task segmentations are made otherwise than "
-            "those that limits were learned from"
+            "verdicts rest on the images alone: with these flips or this task segmentations are made otherwise "
+            "than those that limits were learned from"
         )
     share = prediction.select_part(cases, part)
     outcomes: list[CaseOutcome] = []

@@ -190,8 +190,11 @@ class Dataset:
         All cases of a patient stay together, also where a patient appears at several sites. Where the dataset
         says itself who is held out, that counts in place of a share, unless nobody is to be.
         """
+        chosen = {case.task for case in self.cases if case.held_out}  # of several datasets those that say so
         held_out = {case.patient for case in self.cases if case.held_out} if fraction > 0 else set[str]()
-        for domain in self.domains if not held_out else ():
+        for domain in self.domains:
+            if fraction > 0 and chosen.intersection(c.task for c in self.cases if c.domain == domain):
+                continue
             patients = sorted({c.patient for c in self.cases if c.domain == domain} - held_out)
             count = min(max(1, round(fraction * len(patients))), len(patients) - 1) if fraction > 0 else 0
             held_out.update(random.Random(f"{seed}/{domain}").sample(patients, max(0, count)))

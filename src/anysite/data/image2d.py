@@ -6,6 +6,7 @@ import math
 import struct
 import warnings
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,10 @@ def _read_pillow(path: Path, as_label: bool) -> np.ndarray:
                 )
             if getattr(image, "n_frames", 1) > 1 and image.format == "TIFF":
                 return np.stack([np.array(frame) for frame in ImageSequence.Iterator(image)])[None]
-            image = ImageOps.exif_transpose(image)  # of a TIFF there is nothing left to turn
+            with suppress(
+                SyntaxError, ValueError, TypeError, LookupError, struct.error
+            ):  # no word of a turn is left
+                image = ImageOps.exif_transpose(image)
             if image.mode == "P" and not as_label:
                 image = _without_palette(image)
             elif image.mode in ("RGBA", "CMYK", "YCbCr", "LAB", "HSV"):
@@ -117,10 +121,11 @@ def _read_tiff(path: Path, as_label: bool) -> np.ndarray:
             raise FileFormatError("pages of different shapes", where=path, expected="pages of one shape")
         _require_all_pages(tiff, path)
         axes, array = series.axes, None
-        if series.keyframe.tags.valueof("Orientation", 1) != 1:  # which Pillow turns wrongly
+        if series.keyframe.tags.valueof("Orientation", 1) not in (0, 1):  # which Pillow turns wrongly
             raise FileFormatError(
-                "a TIFF that has to be turned (Orientation)", where=path, expected="upright pages"
-            )
+                "a TIFF that has to be turned (Orientation)", where=path, expected="upright pages",
+                fix="save it upright, without that tag",
+            )  # fmt: skip
         coloured = series.keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE and not as_label
         if coloured and len(series.pages) > 1:
             raise FileFormatError("pages coloured by a palette", where=path, expected="grey values")
