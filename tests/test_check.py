@@ -78,7 +78,9 @@ def test_a_clean_dataset_has_no_problem_and_a_summary(folder):
 
 def test_every_file_is_read_once(folder, monkeypatch):
     read, seen = files.read, []
-    monkeypatch.setattr(files, "read", lambda path: seen.append(path.name) or read(path))
+    monkeypatch.setattr(
+        files, "read", lambda path, *options, **named: seen.append(path.name) or read(path, *options, **named)
+    )
     (folder / "dataset.json").unlink()
     calls = []
     assert inspect_dataset(folder, progress=lambda: calls.append(1)).problems == ()
