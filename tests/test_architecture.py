@@ -19,7 +19,7 @@ LAYERS = [
     {"settings"},
     {"config"},
     {"data", "metrics", "calibration"},
-    {"augment", "corrupt", "masking", "similarity"},
+    {"augment", "corrupt", "masking", "sides", "similarity"},
     {"plan"},
     {"windows", "planning"},
     {"patches"},

@@ -12,10 +12,11 @@ from scipy import ndimage
 from scipy.interpolate import BSpline
 
 from anysite import augment as module
-from anysite.augment import augment, find_mirrored_sides
+from anysite.augment import augment
 from anysite.config import parse
 from anysite.errors import ConfigError
 from anysite.settings import AugmentSettings
+from anysite.sides import find_mirrored_sides
 
 GEOMETRY = ("affine", "elastic", "flip")
 INTENSITY = ("bias_field", "noise", "blur", "brightness", "contrast", "low_resolution", "gamma")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +14,7 @@ from torch import Tensor
 from anysite.errors import ConfigError
 from anysite.settings import AugmentSettings, Range
 
-OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l", "lh": "rh", "rh": "lh"}
-SIDE = re.compile(rf"(?<![a-z])({'|'.join(OTHER_SIDE)})(?![a-z])", re.IGNORECASE)
 CELLS = 4  # control-point spacings along the longest axis of a smooth random field
-
-
-class MirroredSides(NamedTuple):
-    """Two classes that differ by their side, and the spatial axis along which mirroring swaps them."""
-
-    axis: int
-    one: str
-    other: str
 
 
 def choose_flip_axes(settings: AugmentSettings, dimension: int) -> tuple[int, ...]:
@@ -42,26 +30,6 @@ def choose_flip_axes(settings: AugmentSettings, dimension: int) -> tuple[int, ..
                 f"axis {axis}", where="augment.flip_axes", expected=f"spatial axes 0 to {dimension - 1}"
             )
     return axes
-
-
-def find_mirrored_sides(settings: AugmentSettings, axes: str, classes: Sequence[str]) -> MirroredSides | None:
-    """Return two classes called alike but for left and right, where mirroring swaps these; none otherwise.
-
-    Args:
-        axes: Orientation of the patch's axes, such as "SAR"; empty for pictures, whose rows run from side to side.
-    """
-    axis = next((n for n, letter in enumerate(axes) if letter in "LR"), None) if axes else 1
-    if not settings.enabled or not settings.flip or axis is None:
-        return None
-    if settings.flip_axes is not None and axis not in settings.flip_axes:
-        return None
-    for name in classes:
-        other = SIDE.sub(lambda found: OTHER_SIDE[found[0].lower()], name.lower())
-        if other != name.lower():
-            match = next((known for known in classes if known.lower() == other), None)
-            if match is not None:
-                return MirroredSides(axis, name, match)
-    return None
 
 
 @torch.no_grad()

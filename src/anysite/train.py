@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 
 from anysite import compute, registry, runs
 from anysite.assess import assess
-from anysite.augment import choose_flip_axes, find_mirrored_sides
+from anysite.augment import choose_flip_axes
 from anysite.config import Config, differing_settings
 from anysite.data.case import Dataset
 from anysite.data.check import require_sound
@@ -30,6 +30,7 @@ from anysite.patches import PatchSampler, PreparedCases, choose_batch_size
 from anysite.plan import Plan
 from anysite.planning import learn_plan
 from anysite.settings import PretrainSettings
+from anysite.sides import find_mirrored_sides
 from anysite.splits import Splits, split
 from anysite.transfer import cases_seen, locate_start, open_start, require_unseen, transfer
 
