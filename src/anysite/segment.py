@@ -284,9 +284,8 @@ class Segmenter:
         def compare_windows(before: Tensor, now: Tensor) -> None:
             compare([before[None], now[None]])
 
-        other_views = (
-            watch and len(sets) == 1
-        )  # windows that overlap see the same voxels, each in its own context
+        # Windows that overlap see the same voxels, each in a context of its own.
+        other_views = watch and len(sets) == 1
         with torch.inference_mode(), self._autocast():
             probabilities = slide(
                 image.to(self.device), predict, plan, self.settings.overlap, self.settings.batch_size,
