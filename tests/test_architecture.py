@@ -19,6 +19,7 @@ LAYERS = [
     {"settings"},
     {"config"},
     {"data", "metrics", "calibration"},
+    {"random_convolution"},
     {"augment", "corrupt", "masking", "sides", "similarity"},
     {"plan"},
     {"windows", "planning"},

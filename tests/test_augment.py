@@ -15,11 +15,15 @@ from anysite import augment as module
 from anysite.augment import augment
 from anysite.config import parse
 from anysite.errors import ConfigError
+from anysite.random_convolution import convolve_at_random
 from anysite.settings import AugmentSettings
 from anysite.sides import find_mirrored_sides
 
 GEOMETRY = ("affine", "elastic", "flip")
-INTENSITY = ("bias_field", "noise", "blur", "brightness", "contrast", "low_resolution", "gamma")
+INTENSITY = (
+    *("bias_field", "noise", "blur", "brightness", "contrast", "low_resolution", "gamma"),
+    *("random_convolution",),
+)
 OFF = dict.fromkeys((*GEOMETRY, *INTENSITY), 0.0)
 SHAPES = [(48, 40), (24, 28, 20), (6, 40, 36)]
 
@@ -307,6 +311,51 @@ def test_bias_field_is_a_smooth_bounded_factor_common_to_all_channels():
     torch.testing.assert_close(logarithm[:, 0][both], logarithm[:, 1][both], atol=1e-4, rtol=0)
     adjacent = above[..., 1:] & above[..., :-1]
     assert logarithm.diff(dim=-1)[adjacent].abs().max() < 0.08
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("channelwise", [True, False])
+def test_random_convolution_matches_a_plain_loop(shape, channelwise):
+    image, _ = batch(shape, count=2, channels=2)
+    share, axes = torch.tensor([0.3, 1.0]), module.mixed_axes(shape)
+    made = convolve_at_random(image, share, axes, channelwise, seeded(5))
+    generator = seeded(5)
+    for sample in range(2):
+        alike = [[0], [1]] if channelwise else [[0, 1]]
+        for channels in alike:
+            layers = draw_random_network(len(shape), axes, generator)
+            own = image[sample, channels].numpy().astype(np.float64)
+            seen = np.stack([apply_plainly(channel, layers) for channel in own])
+            seen = (seen - seen.mean()) / seen.std() * own.std() + own.mean()
+            blend = (1 - float(share[sample])) * own + float(share[sample]) * seen
+            blend = (blend - blend.mean()) / blend.std() * own.std() + own.mean()
+            np.testing.assert_allclose(made[sample, channels].numpy(), blend, atol=2e-4)
+
+
+def draw_random_network(dimension, axes, generator):
+    layers = []
+    for inputs, outputs in ((1, 2), (2, 2), (2, 2), (2, 1)):
+        side = (1, 3)[int(torch.randint(2, (), generator=generator))]
+        size = [side if axis in axes else 1 for axis in range(dimension)]
+        weight = torch.randn((outputs, inputs, *size), generator=generator)
+        layers.append((weight.double().numpy(), torch.randn(outputs, generator=generator).double().numpy()))
+    return layers
+
+
+def apply_plainly(channel, layers):
+    planes = [channel]
+    for number, (weights, shifts) in enumerate(layers):
+        sums = [
+            sum(
+                ndimage.correlate(plane, kernel, mode="nearest")
+                for plane, kernel in zip(planes, row, strict=True)
+            )
+            + shift
+            for row, shift in zip(weights, shifts, strict=True)
+        ]
+        last = number == len(layers) - 1
+        planes = sums if last else [np.where(plane > 0, plane, 0.01 * plane) for plane in sums]
+    return planes[0]
 
 
 @pytest.mark.parametrize("name", INTENSITY)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from anysite.errors import ConfigError
+from anysite.random_convolution import convolve_at_random
 from anysite.settings import AugmentSettings, Range
 
 CELLS = 4  # control-point spacings along the longest axis of a smooth random field
@@ -70,6 +71,11 @@ def augment(
                 altered, domain, settings.amplitude_own_share, settings.amplitude_window, generator
             )
             altered[rows] = mixed[rows]
+        rows = _draw_rows(settings.random_convolution, altered, generator)
+        if len(rows):
+            share = _uniform((len(rows),), settings.random_convolution_share, generator)
+            axes = mixed_axes(altered.shape[2:])
+            altered[rows] = convolve_at_random(altered[rows], share, axes, settings.channelwise, generator)
     return altered.to(image.dtype), label
 
 

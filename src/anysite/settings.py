@@ -95,6 +95,12 @@ class AugmentSettings(Settings):
         le=0.5,
         description="frequencies mixed on either side, as a share of the shortest axis",
     )
+    random_convolution: Probability = Field(
+        default=0.0, description="blend with what a random shallow network makes of the image"
+    )
+    random_convolution_share: Range = Field(
+        default=(0.0, 1.0), description="weight of what the network makes, drawn uniformly"
+    )
 
     @field_validator("scale", "brightness_factor", "contrast_factor", "gamma_exponent", "blur_sigma_voxels",
                      "low_resolution_factor")  # fmt: skip
@@ -111,7 +117,7 @@ class AugmentSettings(Settings):
             raise PydanticCustomError("axes", "each spatial axis at most once, counted from 0")
         return axes
 
-    @field_validator("amplitude_own_share")
+    @field_validator("amplitude_own_share", "random_convolution_share")
     @classmethod
     def _check_share(cls, limits: Range) -> Range:
         if not 0 <= limits[0] <= limits[1] <= 1:
