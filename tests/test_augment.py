@@ -21,8 +21,14 @@ from anysite.sides import find_mirrored_sides
 
 GEOMETRY = ("affine", "elastic", "flip")
 INTENSITY = (
-    *("bias_field", "noise", "blur", "brightness", "contrast", "low_resolution", "gamma"),
-    *("random_convolution",),
+    "bias_field",
+    "noise",
+    "blur",
+    "brightness",
+    "contrast",
+    "low_resolution",
+    "gamma",
+    "random_convolution",
 )
 OFF = dict.fromkeys((*GEOMETRY, *INTENSITY), 0.0)
 SHAPES = [(48, 40), (24, 28, 20), (6, 40, 36)]
