@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from anysite import compute, config, runs
-from anysite.augment import mix_with_partners
+from anysite.amplitude import mix_with_partners
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
 from anysite.loop import Training

@@ -13,6 +13,7 @@ from scipy.interpolate import BSpline
 
 from anysite import augment as module
 from anysite.augment import augment
+from anysite.axes import mixed_axes
 from anysite.config import parse
 from anysite.errors import ConfigError
 from anysite.random_convolution import convolve_at_random
@@ -230,8 +231,8 @@ def test_thick_slices_are_not_mixed():
     assert (classes != label).any()
     torch.testing.assert_close(moved, moved[:, :, :1].expand_as(moved), atol=1e-5, rtol=0)
     assert torch.equal(classes, classes[:, :1].expand_as(classes))
-    assert module.mixed_axes((16, 32, 32)) == (0, 1, 2)
-    assert module.mixed_axes((15, 32, 32)) == (1, 2)
+    assert mixed_axes((16, 32, 32)) == (0, 1, 2)
+    assert mixed_axes((15, 32, 32)) == (1, 2)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -240,7 +241,7 @@ def test_blur_matches_scipy(shape):
     blurred = module.blur(image, torch.tensor([0.5, 1.2]))
     for sample, channel in itertools.product(range(2), range(2)):
         sigma = np.zeros(len(shape))
-        sigma[list(module.mixed_axes(shape))] = (0.5, 1.2)[sample]
+        sigma[list(mixed_axes(shape))] = (0.5, 1.2)[sample]
         expected = ndimage.gaussian_filter(image[sample, channel].numpy(), sigma, truncate=7)
         np.testing.assert_allclose(blurred[sample, channel], expected, atol=1e-4)
 
@@ -251,7 +252,7 @@ def test_low_resolution_matches_indexing_and_numpy_interpolation(shape):
     lowered = module.lower_resolution(image, torch.tensor([0.5, 0.8]))
     for sample, factor in enumerate((0.5, 0.8)):
         expected = image[sample, 0].numpy()
-        for axis in module.mixed_axes(shape):
+        for axis in mixed_axes(shape):
             n, kept = shape[axis], round(shape[axis] * factor)
             nearest = np.floor((np.arange(kept) + 0.5) * n / kept).astype(int)
             position = (np.arange(n) + 0.5) * kept / n - 0.5
@@ -323,7 +324,7 @@ def test_bias_field_is_a_smooth_bounded_factor_common_to_all_channels():
 @pytest.mark.parametrize("channelwise", [True, False])
 def test_random_convolution_matches_a_plain_loop(shape, channelwise):
     image, _ = batch(shape, count=2, channels=2)
-    share, axes = torch.tensor([0.3, 1.0]), module.mixed_axes(shape)
+    share, axes = torch.tensor([0.3, 1.0]), mixed_axes(shape)
     made = convolve_at_random(image, share, axes, channelwise, seeded(5))
     generator = seeded(5)
     for sample in range(2):

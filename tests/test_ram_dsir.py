@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from anysite import registry
-from anysite.augment import augment, choose_partners, mix_amplitude
+from anysite.amplitude import choose_partners, mix_amplitude
+from anysite.augment import augment
 from anysite.config import load
 from anysite.data.case import Dataset
 from anysite.errors import ConfigError

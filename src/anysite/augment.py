@@ -11,26 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from anysite.errors import ConfigError
+from anysite.amplitude import mix_with_partners
+from anysite.axes import choose_flip_axes, mixed_axes
 from anysite.random_convolution import convolve_at_random
 from anysite.settings import AugmentSettings, Range
 
 CELLS = 4  # control-point spacings along the longest axis of a smooth random field
-
-
-def choose_flip_axes(settings: AugmentSettings, dimension: int) -> tuple[int, ...]:
-    """Return the spatial axes that are mirrored.
-
-    Raises:
-        ConfigError: `settings.flip_axes` names an axis that the patch does not have.
-    """
-    axes = tuple(range(dimension)) if settings.flip_axes is None else settings.flip_axes
-    for axis in axes:
-        if not 0 <= axis < dimension:
-            raise ConfigError(
-                f"axis {axis}", where="augment.flip_axes", expected=f"spatial axes 0 to {dimension - 1}"
-            )
-    return axes
 
 
 @torch.no_grad()
@@ -77,84 +63,6 @@ def augment(
             axes = mixed_axes(altered.shape[2:])
             altered[rows] = convolve_at_random(altered[rows], share, axes, settings.channelwise, generator)
     return altered.to(image.dtype), label
-
-
-def mix_with_partners(
-    image: Float[Tensor, "b c *s"],
-    domain: Int[Tensor, "b"] | None,
-    own_share: Range | Float[Tensor, "b"],
-    window: float,
-    generator: torch.Generator | None = None,
-) -> Float[Tensor, "b c *s"]:
-    """Return each sample with the amplitudes of a sample of another site mixed in: random amplitude mixup.
-
-    Zhou, Qi, Shi, 2022, https://arxiv.org/abs/2208.03901. The weight of its own amplitude is
-    given, or drawn uniformly from a range.
-    """
-    domain = torch.zeros(len(image), dtype=torch.long) if domain is None else domain.cpu()
-    partner = choose_partners(domain, generator).to(image.device)
-    if not isinstance(own_share, Tensor):
-        own_share = _uniform((len(image),), own_share, generator)
-    return mix_amplitude(image, image[partner], own_share.to(image.device), window)
-
-
-def choose_partners(domain: Int[Tensor, "b"], generator: torch.Generator | None = None) -> Int[Tensor, "b"]:
-    """Return the index of a partner for every sample: a site other than its own, then a sample of that site.
-
-    Where the batch holds one site only, any other sample; the sample itself where it is alone.
-    """
-    other_site = domain[:, None] != domain
-    per_site = (domain[:, None] == domain).sum(0)
-    anything_else = ~torch.eye(len(domain), dtype=torch.bool)
-    chance = torch.where(other_site.any(1, keepdim=True), other_site / per_site, anything_else.float())
-    if len(domain) == 1:
-        chance = torch.ones(1, 1)
-    return torch.multinomial(chance, 1, generator=generator)[:, 0]
-
-
-def mix_amplitude(
-    image: Float[Tensor, "b c *s"],
-    partner: Float[Tensor, "b c *s"],
-    own_share: Float[Tensor, "b"],
-    window: float,
-) -> Float[Tensor, "b c *s"]:
-    """Mix the low-frequency amplitudes of two batches and keep the phases of the first, clamped to both ranges.
-
-    Args:
-        image: Intensities; the frequencies are those of its mixed axes, each channel by itself.
-        partner: Another image a sample, whose amplitudes are mixed in.
-        own_share: Weight of the image's own amplitude, 0 to 1; 1 changes nothing.
-        window: Half the side of the centred square or cube of frequencies, as a share of the shortest axis.
-    """
-    axes = [2 + axis for axis in mixed_axes(image.shape[2:])]
-    size = [image.shape[axis] for axis in axes]
-    precision = torch.promote_types(image.dtype, torch.float32)
-    own, other = (torch.fft.rfftn(x.to(precision), dim=axes) for x in (image, partner))
-    radius = int(window * min(size))
-    low: list[slice | Tensor] = [slice(None)] * image.dim()
-    for axis, n in zip(axes, size, strict=True):
-        frequency = torch.fft.fftfreq(n, 1 / n, device=image.device).round()[: own.shape[axis]]
-        low[axis] = (frequency.abs() <= radius).nonzero()[:, 0]
-    # Index tensors on several axes have to span a grid.
-    for position, axis in enumerate(axes):
-        index = low[axis]
-        assert isinstance(index, Tensor)
-        low[axis] = index.view(-1, *[1] * (len(axes) - 1 - position))
-    block = own[tuple(low)]
-    share = own_share.view(-1, *[1] * (image.dim() - 1))
-    amplitude = share * block.abs() + (1 - share) * other[tuple(low)].abs()
-    own[tuple(low)] = torch.polar(amplitude, block.angle())
-    mixed = torch.fft.irfftn(own, size, dim=axes)
-    flat, flat_partner = image.flatten(2), partner.flatten(2)
-    lowest = torch.minimum(flat.amin(2), flat_partner.amin(2)).view(_per_channel(image))
-    highest = torch.maximum(flat.amax(2), flat_partner.amax(2)).view(_per_channel(image))
-    return mixed.to(image.dtype).clamp(lowest, highest)
-
-
-def mixed_axes(shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the spatial axes that may be mixed: all, or the last two of a patch with thick slices."""
-    thick = len(shape) == 3 and 2 * shape[0] < max(shape)
-    return tuple(range(1 if thick else 0, len(shape)))
 
 
 def rotation(angles: Float[Tensor, "b n"]) -> Float[Tensor, "b d d"]:

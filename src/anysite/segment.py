@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from anysite import compute, registry
 from anysite.adapters import Adapter
-from anysite.augment import choose_flip_axes
+from anysite.axes import choose_flip_axes
 from anysite.calibration import Temperature
 from anysite.config import Config
 from anysite.data.volume import Volume

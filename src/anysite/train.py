@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 
 from anysite import compute, registry, runs
 from anysite.assess import assess
-from anysite.augment import choose_flip_axes
+from anysite.axes import choose_flip_axes
 from anysite.config import Config, differing_settings
 from anysite.data.case import Dataset
 from anysite.data.check import require_sound

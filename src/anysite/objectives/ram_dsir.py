@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from anysite.augment import mix_with_partners
+from anysite.amplitude import mix_with_partners
 from anysite.errors import ConfigError
 from anysite.networks import Network, require_fractions
 from anysite.networks.restoration import RestorationDecoder, scale_to_unit
