@@ -16,7 +16,8 @@ from torch import Tensor
 from anysite import atomic, runs
 from anysite.data.case import Dataset
 from anysite.errors import ConfigError, DataError, InterruptedTraining, RunError, TrainingError
-from anysite.loop import Progress, learning_rate
+from anysite.loop import Progress, Training, learning_rate
+from anysite.patches import Batch
 from anysite.settings import TrainSettings
 from anysite.splits import split
 from anysite.train import train
@@ -199,6 +200,47 @@ def test_the_budget_chooses_the_steps_and_leaves_no_trace(phantom: Dataset, tmp_
     fixed = small_config("test_domains=['west']", f"train.steps={steps}")
     train(phantom, fixed, tmp_path / "fixed")
     assert equal(weights(tmp_path / "budget"), weights(tmp_path / "fixed"))
+
+
+def test_averaged_weights_are_the_mean_over_the_last_steps_however_often_it_was_interrupted(
+    phantom: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Tensor]] = []
+    take_step = Training.take_step
+
+    def watch(self: Training, batch: Batch) -> dict[str, float]:
+        values = take_step(self, batch)
+        seen.append({name: t.clone() for name, t in self.learner.network.state_dict().items()})
+        return values
+
+    monkeypatch.setattr(Training, "take_step", watch)
+    settings = small_config("test_domains=['west']", "train.average_share=0.5", "train.schedule=constant")
+    train(phantom, settings, tmp_path / "run")
+    averaged = weights(tmp_path / "run")
+    assert len(seen) == 6
+    for name, tensor in averaged.items():
+        torch.testing.assert_close(tensor, torch.stack([each[name] for each in seen[3:]]).mean(0))
+    assert not equal(averaged, seen[-1])
+
+    def interrupt(progress: Progress) -> None:
+        if progress.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedTraining):
+        train(phantom, settings, tmp_path / "again", on_progress=interrupt)
+    train(phantom, settings, tmp_path / "again", resume=True)
+    assert equal(averaged, weights(tmp_path / "again"))
+
+
+def test_averaged_weights_get_statistics_of_batches_of_their_own(phantom: Dataset, tmp_path: Path) -> None:
+    settings = small_config("train.average_share=0.5", "train.schedule=constant", "network.norm=batch")
+    run = train(phantom, settings, tmp_path / "run")
+    plain = train(phantom, small_config("train.schedule=constant", "network.norm=batch"), tmp_path / "plain")
+    one, other = weights(run.path), weights(plain.path)
+    moments = [name for name in one if name.endswith("running_mean")]
+    assert moments
+    assert not any(torch.equal(one[name], other[name]) for name in moments)
+    assert all(one[name].isfinite().all() for name in one)
 
 
 def test_learning_rate_schedules() -> None:

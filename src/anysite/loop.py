@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from anysite import atomic, runs
 from anysite.config import Config
@@ -34,6 +35,7 @@ from anysite.validation import prepare_validation, validate
 
 MEASURED_STEPS = 6
 PREVIEWED = 4
+AVERAGED_BATCHES = 50  # that batch normalisation learns its statistics from anew
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class Training:
         )
         self.wrapped, self.optimizer = self.fabric.setup(self.learner, optimizer)
         self.steps = self.settings.steps
+        # Flat minima are better at sites unseen (Cha et al., 2021, https://arxiv.org/abs/2102.08604).
+        self.average = AveragedModel(self.learner.network) if self.settings.average_share else None
         self.began, self.earlier_s = time.monotonic(), 0.0  # of this process, and of those that it continues
 
     def run(self) -> None:
@@ -99,6 +103,8 @@ class Training:
         with listening() as stop, self._curves() as curves:
             for batch in self.batches():
                 values = self.take_step(batch)
+                if self.step == self.steps:
+                    self._take_average()
                 if cases and (self.step % self.settings.validate_every == 0 or self.step == self.steps):
                     with self.fabric.autocast():
                         batch_size = self.config.predict.batch_size
@@ -164,6 +170,8 @@ class Training:
         self.optimizer.zero_grad()
         self.learner.after_step()
         self.step += 1
+        if self.average is not None and self.step > (1 - self.settings.average_share) * self.steps:
+            self.average.update_parameters(self.learner.network)
         return values | {"gradient_norm": norm, "learning_rate": rate}
 
     def fit_budget(self, left_s: Callable[[], float]) -> None:
@@ -176,6 +184,8 @@ class Training:
         self.step = 0
         self.learner.load_state_dict(before)
         self.optimizer.state.clear()
+        if self.average is not None:
+            self.average.n_averaged.zero_()
         step_s = (marks[-1] - marks[1]) / (len(marks) - 2)
         if self.config.pretrain.objectives and left_s() <= 0:
             note = "the pretraining used up the budget; the training takes one step"
@@ -198,6 +208,8 @@ class Training:
         tensors = {f"learner.{name}": t for name, t in self.learner.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": t for name, t in state.items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": t for name, t in self.average.state_dict().items()}
         facts = {"step": self.step, "steps": self.steps, "dice": self.dice, "data": self.data}
         facts["seconds"] = self.earlier_s + time.monotonic() - self.began
         self._write_log()  # first: a checkpoint without its log could not be continued
@@ -229,6 +241,9 @@ class Training:
         for name in [name for name in tensors if name.startswith("optimizer.")]:
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = tensors.pop(name)
+        if self.average is not None:
+            names = [name for name in tensors if name.startswith("average.")]
+            self.average.load_state_dict({n.removeprefix("average."): tensors.pop(n) for n in names})
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.learner.load_state_dict({name.removeprefix("learner."): t for name, t in tensors.items()})
@@ -236,6 +251,16 @@ class Training:
         self.earlier_s = facts.get("seconds", 0.0)
         lines = (self.output / runs.LOG).read_text(encoding="utf-8").splitlines()
         self.log = [entry for line in lines if (entry := json.loads(line))["step"] <= self.step]
+
+    def _take_average(self) -> None:
+        """Put the averaged weights into the network, and statistics of batches that belong to them."""
+        if self.average is None:
+            return
+        self.learner.network.load_state_dict(self.average.module.state_dict())
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.learner.modules()):
+            last = range(max(0, self.steps - AVERAGED_BATCHES), self.steps)
+            images = (self.sampler.batch(step).image for step in last)
+            update_bn(images, self.learner.network, self.fabric.device)
 
     def _agree(self, stop: bool) -> bool:
         """Tell whether any process was asked to stop: one that left alone would block the others for ever."""

@@ -141,6 +141,10 @@ class TrainSettings(Settings):
     weight_decay: float = Field(default=1e-2, ge=0)
     schedule: Literal["cosine", "polynomial", "constant"] = "cosine"
     warmup_steps: int = Field(default=50, ge=0)
+    average_share: Probability = Field(
+        default=0.0,
+        description="share of the training, at its end, over whose steps the weights are averaged",
+    )
     gradient_clip: float = Field(default=12.0, gt=0)
     precision: Literal["auto", "32-true", "bf16-mixed"] = Field(
         default="auto", description="auto: bfloat16 where this device is faster with it, float32 elsewhere"
