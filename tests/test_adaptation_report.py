@@ -15,7 +15,7 @@ PLAIN = {"a": 0.8, "b": 0.7, "c": 0.6, "d": 0.5}
 CHANGES = {"a": 0.0, "b": 0.05, "c": -0.02, "d": 0.03}
 
 
-def row(case: str, adapt: str, metric: str, value: float, **more: object) -> dict[str, object]:
+def row(case: str, adapt: str, metric: str, value: float | None, **more: object) -> dict[str, object]:
     return {
         "dataset": "sites", "method": "baseline", "adapt": adapt, "seed": 0, "train_domains": "x", "domain": "y",
         "split": "unseen", "patient": case, "case": case, "class": "disc" if metric == "dice" else "all classes",
@@ -49,6 +49,20 @@ def test_gain_and_harm_are_counted_image_by_image(rows: Path) -> None:
     assert unseen.harmed_interval == (pytest.approx(0.0063, abs=1e-3), pytest.approx(0.806, abs=1e-3))
     assert (corrupted.kind, corrupted.images) == ("corrupted", 1)
     assert corrupted.gain.mean == pytest.approx(0.1)
+
+
+def test_a_mask_made_where_nothing_is_counts_as_harm(tmp_path: Path) -> None:
+    lines = []
+    for case, before, after in (("right", None, 0.0), ("mended", 0.0, None), ("nothing", None, None)):
+        for adapt, value in (("none", before), ("refseg", after)):
+            lines += [row(case, adapt, "dice", 0.9), row(case, adapt, "dice", value, **{"class": "cup"})]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (result,) = describe_adaptations([row for source in read_sources([path]) for row in source.rows])
+    (gain,) = result.gains
+    assert (gain.images, gain.harmed, gain.helped) == (3, 1, 1)
+    assert gain.worst == (("right", -0.5),)
+    assert gain.gain.mean == pytest.approx(0)
 
 
 def test_the_page_shows_gain_and_harm(rows: Path, tmp_path: Path) -> None:

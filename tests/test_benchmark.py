@@ -322,6 +322,26 @@ def test_another_metric_of_a_finished_job_joins_the_rows_it_has(
     assert unfinished([replace(job, metrics=("dice", "iou"))], output) == []
 
 
+def test_rows_of_another_training_of_the_same_job_do_not_stay(
+    jobs: list[Job], finished: tuple[Path, list[JobOutcome]], tmp_path: Path
+) -> None:
+    dice = next(outcome for outcome in finished[1] if outcome.job == jobs[0])
+    job, output = replace(jobs[0], metrics=("iou",)), tmp_path / "rows.jsonl"
+    anew = [
+        {**row, "metric": row["metric"].replace("dice", "iou"), "config": "other weights"}
+        for row in dice.rows
+    ]
+    write_rows(output, dice.rows)
+    benchmarking._append(output, JobOutcome(job, anew))
+    assert not any(row["metric"] == "dice" for row in read_rows(output))
+    assert unfinished([jobs[0]], output) == [jobs[0]]
+
+
+def test_every_metric_of_every_adapter_has_to_be_there(jobs: list[Job]) -> None:
+    job = replace(jobs[0], metrics=("dice", "hd95"), adapt=("none", "tent"))
+    assert {("hd95", "", 0), ("hd95", "", 0, "tent"), ("adapted", "", 0, "tent")} <= job.topics
+
+
 def test_two_writers_of_one_file_keep_each_others_rows(
     finished: tuple[Path, list[JobOutcome]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,17 +123,29 @@ def test_the_combined_score_of_an_image_is_by_weights_without_its_patient(rng: n
     np.testing.assert_array_equal(alone[:4], signs[:4] @ quality.fit_shift(signs[4:], shifted[4:]))
 
 
-@pytest.mark.parametrize("count", [19, 50, 200])
-def test_the_interval_holds_the_stated_share(count: int, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("patients", [5, 10, 40])
+@pytest.mark.parametrize("alike", [0.0, 0.8, 1.0])
+def test_the_interval_holds_the_stated_share_however_alike_the_images_of_a_patient(
+    patients: int, alike: float, rng: np.random.Generator
+) -> None:
+    held, whose = [], np.arange(30 + patients) % patients
+    names = [str(patient) for patient in whose]
+    for _ in range(1500):
+        common, own = math.sqrt(alike) * rng.normal(size=patients + 1), rng.normal(size=len(whose) + 1)
+        errors = common[whose] + math.sqrt(1 - alike) * own[:-1]
+        low, high = quality.find_margins(errors, names, 0.9)
+        held.append(low <= common[-1] + math.sqrt(1 - alike) * own[-1] <= high)
+    assert 0.87 <= np.mean(held) <= 0.99
+
+
+def test_the_interval_of_many_patients_is_that_of_conformal_prediction(rng: np.random.Generator) -> None:
     held = []
     for _ in range(2000):
-        low, high = quality.conformal_margins(rng.exponential(size=count), 0.9)
-        held.append(low <= rng.exponential() <= high)
-    assert 0.88 <= np.mean(held) <= 0.9 + 2 / count + 0.02
-
-
-def test_too_few_errors_bound_nothing() -> None:
-    assert quality.conformal_margins(np.zeros(18), 0.9) == (-math.inf, math.inf)
+        errors = rng.exponential(size=200)
+        low, high = quality.find_margins(errors, [str(index) for index in range(200)], 0.9)
+        assert high >= np.sort(errors)[math.ceil(201 * 0.95) - 1]
+        held.append(rng.exponential() <= high)
+    assert 0.94 <= np.mean(held) <= 0.98
 
 
 def verdicts(*decisions: str) -> dict[str, dict]:

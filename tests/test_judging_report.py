@@ -87,6 +87,19 @@ def test_what_the_section_says_is_what_the_rows_say() -> None:
     assert (passed["other"].silent, passed["other"].refused) == (1, 1)
 
 
+def test_an_image_without_a_score_counts_as_the_strangest() -> None:
+    judged = describe_judgement("m", [*HELD_OUT, *UNSEEN])
+    lacking = [r for r in (*HELD_OUT, *UNSEEN) if (r.metric, r.case) != ("score_b", "1")]
+    without = describe_judgement("m", lacking)
+    assert judged is not None
+    assert without is not None
+    (_, number, _, before), (_, other, _, after) = judged.rankings[0], without.rankings[0]
+    assert number == other
+    measured = [{one.score: one for one in ranked} for ranked in (before, after)]
+    assert measured[1]["a"] == measured[0]["a"]
+    assert measured[1]["b"].aurc > measured[0]["b"].aurc  # its best mask looks worst
+
+
 def test_runs_are_measured_apart_because_their_scores_are() -> None:
     moved = [
         r.model_copy(

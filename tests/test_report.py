@@ -24,7 +24,7 @@ from anysite.report.charts import Strip, strip_plot
 from anysite.report.configuration import describe_run
 from anysite.report.contours import boundary_loops
 from anysite.report.format import number, points, without_folders
-from anysite.report.methods import split_by_method, summarise_methods
+from anysite.report.methods import split_by_method, summarise_methods, tell_runs_apart
 from anysite.report.pictures import draw_case
 from anysite.report.read import PredictedCase, PredictedDataset, Row, read_sources
 from anysite.report.summary import score_cases
@@ -317,6 +317,56 @@ def unseen_rows(method: str, seed: int, values: dict[str, float], **changes) -> 
         Row.model_validate(row("dice", values[p["case"]], method=method, seed=seed, **p, **changes))
         for p in places
     ]
+
+
+def test_what_a_method_costs_at_home_is_shown_without_unseen_sites(tmp_path):
+    cases = [f"B{i}" for i in range(8)]
+    rows = [
+        r.model_copy(update={"split": "in_domain"})
+        for method, value in (("baseline", 0.5), ("robust", 0.6))
+        for r in unseen_rows(method, 0, dict.fromkeys(cases, value))
+    ]
+    lines = [r.model_dump(mode="json", by_alias=True) for r in rows]
+    _, page = written([write_lines(tmp_path / "rows.jsonl", lines)], tmp_path / "report.html")
+    assert "+10.0" in page.text
+
+
+def test_scores_of_other_masks_are_left_out_and_said(folder, tmp_path):
+    path = folder / "predictions.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "origin": "f00d"}))
+    _, page = written([folder], tmp_path / "report.html")
+    assert "run anysite evaluate again" not in page.text
+    path.write_text(json.dumps({**json.loads(path.read_text()), "origin": "another run"}))
+    _, page = written([folder], tmp_path / "report.html")
+    assert "run anysite evaluate again" in page.text
+    assert "mean over patients" not in page.text
+
+
+def test_cases_that_could_not_be_scored_are_named(folder, tmp_path):
+    rows = [r for r in map(json.loads, (folder / "rows.jsonl").read_text().splitlines()) if r["case"] != "b1"]
+    write_lines(folder / "rows.jsonl", rows)
+    summary = {"failed": {"b1": "a mask of shape (2, 2)"}, "unpredicted": ["c0"]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    _, page = written([folder], tmp_path / "report.html")
+    assert "3 cases failed or not scored" in page.text
+    assert "a mask of shape (2, 2)" in page.text
+    assert "c0 it has a label and no mask" in page.text
+    assert "not scored" in page.text
+
+
+def test_runs_of_one_name_and_seed_stay_apart():
+    first, second = (
+        unseen_rows("robust", 0, {"B1": v, "B2": v}, config=c) for v, c in ((0.9, "a"), (0.3, "b"))
+    )
+    another_seed = unseen_rows("robust", 1, {"B1": 0.5, "B2": 0.5}, config="c")
+    named = tell_runs_apart([*first, *second, *another_seed])
+    assert {(row.method, row.value) for row in named} == {
+        ("robust #1", 0.9),
+        ("robust #2", 0.3),
+        ("robust", 0.5),
+    }
+    of_jobs = [row.model_copy(update={"job": "x"}) for row in [*first, *second]]
+    assert tell_runs_apart(of_jobs) == of_jobs
 
 
 def test_methods_equal_at_every_seed_differ_in_nothing_whatever_seeds_each_has(tmp_path):

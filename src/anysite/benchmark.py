@@ -280,6 +280,8 @@ def _append(output: Path, outcome: JobOutcome) -> None:
         keys, replaced = outcome.job.keys, {topic_of(row) for row in outcome.rows}
         # Without its costs a job was cut off when the file was copied, and no metric of it is complete.
         finished = {_key_of(row) for row in existing if row.get("split") == "run"}
+        if not _same_networks([row for row in existing if _key_of(row) in keys], outcome.rows):
+            finished = set()
         versions = {row.get("corruption"): row.get("corruption_version") for row in outcome.rows}
         kept = [
             row
@@ -294,6 +296,15 @@ def _append(output: Path, outcome: JobOutcome) -> None:
             )
         ]
         write_rows(output, [*kept, *outcome.rows])
+
+
+def _same_networks(former: Sequence[Row], rows: Sequence[Row]) -> bool:
+    """Tell whether rows are of the very networks that earlier ones were: else they are no rows of one training."""
+    was, now = (
+        {row.get("config", "") for row in part if row.get("adapt", NO_ADAPTER) in ("", NO_ADAPTER)} - {""}
+        for part in (former, rows)
+    )
+    return not was or not now or bool(was & now)
 
 
 def _key_of(row: Row) -> tuple[Any, ...]:

@@ -151,22 +151,25 @@ def evaluate(
         if isinstance(result, str):
             failed[case.id] = result
             continue
-        split = manifest["cases"].get(case.id, {}).get("split", "unknown")
-        rows += rows_of(result, case, split, common)
+        entry = manifest["cases"].get(case.id, {})
+        split = entry.get("split", "unknown")
+        learned = {"judge_learned": True} if entry.get("judge_learned") is True else {}
+        rows += rows_of(result, case, split, common | learned)
         if counts is not None:
             reliability[split] = reliability.get(split, 0) + counts
+    scored = {case.id for case, _ in found} | failed.keys()
+    unpredicted = tuple(case.id for case in dataset.labelled if case.id not in scored)
     with atomic.locked(folder / ROWS, wait=True):
         atomic.sweep(folder, (SUMMARY, RELIABILITY))
         write_rows(folder / ROWS, rows)
-        atomic.write_json(folder / SUMMARY, summarise(rows, failed))
+        atomic.write_json(folder / SUMMARY, summarise(rows, failed, unpredicted))
         if reliability:
             names = ("voxels", "right", "confidence")
             told = {s: dict(zip(names, counts.tolist(), strict=True)) for s, counts in reliability.items()}
             atomic.write_json(folder / RELIABILITY, told)
         else:
             (folder / RELIABILITY).unlink(missing_ok=True)  # of other masks
-    scored = {case.id for case, _ in found} | failed.keys()
-    return Evaluation(rows, failed, tuple(c.id for c in dataset.labelled if c.id not in scored))
+    return Evaluation(rows, failed, unpredicted)
 
 
 def _require_own(folder: Path) -> None:

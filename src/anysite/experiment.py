@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import sys
-import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from anysite import config, runs
@@ -94,7 +94,12 @@ class Job:
         adapted = [name for name in self.adapt if name != NO_ADAPTER]
         return (
             {(metric, *picture) for metric in self.metrics for picture in pictures}
-            | {(ADAPTED, *picture, name) for picture in pictures for name in adapted}
+            | {
+                (metric, *p, name)
+                for metric in (*self.metrics, ADAPTED)
+                for p in pictures
+                for name in adapted
+            }
             | others
             | {("run", "", 0)}
         )
@@ -138,23 +143,23 @@ def score_job(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Ro
         )
     if (VERDICT in job.metrics or job.others) and any(member.judge is None for member in members):
         raise DataError("a run that does not judge", where=job.dataset, fix="drop verdict from --metrics")
-    began = time.monotonic()
-    rows = _score_images(job, members, held_out + test, dataset, folder / "masks", threads, NO_ADAPTER)
+    cases = held_out + test
+    rows, predicting_s = _score_images(job, members, cases, dataset, folder / "masks", threads, NO_ADAPTER)
     learned_from = _patients_judged_from(run, dataset)
-    predicting_s = time.monotonic() - began
     common = rows[0] | {"domain": "", "patient": "", "case": "", "class": ""}
     for adapt in job.adapt:
         if adapt != NO_ADAPTER:
             masks = folder / f"masks_{adapt.replace(':', '_')}"
-            rows += _score_images(job, members, held_out + test, dataset, masks, threads, adapt)
+            rows += _score_images(job, members, cases, dataset, masks, threads, adapt)[0]
         rows += _score_corrupted(job, members, held_out, dataset, common | {"adapt": adapt})
     for name, path in job.others:
         rows += _judge_others(members, name, Path(path), common)
     costs: list[tuple[str, Any, str]] = [
         ("train_seconds", sum(member.manifest["seconds"] for member in members), "s"),
         ("train_steps", run.manifest["steps"], "1"),
-        ("predict_seconds_per_case", round(predicting_s / len(held_out + test), 3), "s"),
     ]
+    if predicting_s:  # none where all masks were kept from before
+        costs.append(("predict_seconds_per_case", round(fmean(predicting_s), 3), "s"))
     if (peak := _peak_memory_mb()) is not None:
         costs.append(("peak_memory", round(peak), "MB"))
     for row in rows:
@@ -209,7 +214,8 @@ def _score_images(
     masks: Path,
     threads: int,
     adapt: str,
-) -> list[Row]:
+) -> tuple[list[Row], list[float]]:
+    """Return a row for every case, class and metric, and the seconds that each prediction made now took."""
     from anysite.predict import predict
 
     save = not CALIBRATION_METRICS.keys().isdisjoint(job.metrics)
@@ -225,7 +231,7 @@ def _score_images(
             f"{len(result.failed)} cases failed, such as {next(iter(result.failed.items()), '')}",
             where=job.dataset,
         )
-    return result.rows
+    return result.rows, [outcome.seconds for outcome in outcomes if outcome.status == "done"]
 
 
 def _score_corrupted(

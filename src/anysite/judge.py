@@ -219,7 +219,7 @@ class Judge:
         if len({*patients}) < LEAST or not (scored & ~shifted).any():
             return
         expected = quality.expect_left_out(signs[scored], dice, patients)
-        below, above = quality.conformal_margins(dice - expected, self.settings.coverage)
+        below, above = quality.find_margins(dice - expected, patients, self.settings.coverage)
         self.margins = max(below, -1.0), min(above, 1.0)
         self.weights = {
             COMBINED: quality.fit_shift(signs, shifted),

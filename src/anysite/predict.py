@@ -204,14 +204,23 @@ def predict(
         manifest.write()
         _write_verdicts(manifest, referral)  # those of other runs would pass for these
         segmenter: Segmenter | None = None
+        learned_from = _patients_judged_from(run_folders, cases)
         for case in share:
             if manifest.is_done(case, save_probabilities):
                 yield CaseOutcome(case, "skipped", verdict=_decision_of(manifest.cases[case.id]))
                 continue
             segmenter = segmenter or Segmenter(run_folders, settings, accelerator)
             split = split_of(case, run_folders, sites_known)
-            yield _attempt_case(segmenter, case, split, manifest, save_probabilities)
+            learned = split == "in_domain" and (case.domain, case.patient) in learned_from
+            role = {"split": split} | ({"judge_learned": True} if learned else {})
+            yield _attempt_case(segmenter, case, role, manifest, save_probabilities)
         _write_verdicts(manifest, referral)
+
+
+def _patients_judged_from(run_folders: Sequence[Run], cases: Sequence[Case]) -> set[tuple[str, str]]:
+    """Return the held-out patients whom a judge learned its limits from, and on whom it cannot be tested."""
+    ids = {name for run in run_folders for name in run.manifest.get("judge_learned_from", ())}
+    return {(case.domain, case.patient) for case in cases if case.id in ids}
 
 
 def _write_verdicts(manifest: Manifest, referral: float | None) -> None:
@@ -224,11 +233,11 @@ def _write_verdicts(manifest: Manifest, referral: float | None) -> None:
 
 
 def _attempt_case(
-    segmenter: Segmenter, case: Case, split: str, manifest: Manifest, save_probabilities: bool
+    segmenter: Segmenter, case: Case, role: dict[str, Any], manifest: Manifest, save_probabilities: bool
 ) -> CaseOutcome:
     """Predict one case, and enter in the manifest what became of it."""
     began = time.monotonic()
-    entry = describe_case(case, manifest.output) | {"split": split}
+    entry = describe_case(case, manifest.output) | role
     manifest.claim(_outputs_of(case, save_probabilities, segmenter.settings))
     error = ""
     try:

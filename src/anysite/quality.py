@@ -91,20 +91,31 @@ def _each(patients: Sequence[str]) -> Iterator[Bool[np.ndarray, " n"]]:
     yield from (names == patient for patient in dict.fromkeys(patients))
 
 
-def conformal_margins(errors: Float[np.ndarray, " n"], coverage: float) -> tuple[float, float]:
+def find_margins(
+    errors: Float[np.ndarray, " n"], patients: Sequence[str], coverage: float
+) -> tuple[float, float]:
     """Return how far below and above what is expected the truth lies, with the stated coverage.
 
-    Conformal prediction with both tails alike (Lei et al., 2018, https://arxiv.org/abs/1604.04173), from errors of
-    left-out patients as in cross-conformal prediction (Vovk, 2015, https://arxiv.org/abs/1208.0806). Where too few
-    errors are known for that coverage a margin is infinite.
+    The wider of two on either side: conformal prediction with both tails alike (Lei et al., 2018,
+    https://arxiv.org/abs/1604.04173), from errors of left-out patients as in cross-conformal prediction (Vovk, 2015,
+    https://arxiv.org/abs/1208.0806), which takes the images of a patient for independent, and a normal
+    distribution's for one image of one patient more (Student's t over patients), which does not.
 
     Args:
         errors: True minus expected values, of images the model did not see.
+        patients: Whose they are, at least two.
         coverage: Share of images like those whose truth lies within.
     """
-    ordered = np.sort(errors)
+    ordered, tail = np.sort(errors), (1 + coverage) / 2
     count = len(ordered)
-    rank = math.ceil((count + 1) * (1 + coverage) / 2 - 1e-9)
-    if rank > count:
-        return -math.inf, math.inf
-    return float(ordered[count - rank]), float(ordered[rank - 1])
+    rank = math.ceil((count + 1) * tail - 1e-9)
+    means = [errors[own].mean() for own in _each(patients)]
+    middle, among = float(np.mean(means)), len(means)
+    variance = (
+        np.mean([np.mean((errors[own] - middle) ** 2) for own in _each(patients)]) * among / (among - 1)
+    )
+    spread = float(special.stdtrit(among - 1, tail) * np.sqrt((1 + 1 / among) * variance))
+    below, above = middle - spread, middle + spread
+    if rank <= count:
+        below, above = min(below, float(ordered[count - rank])), max(above, float(ordered[rank - 1]))
+    return below, above

@@ -64,7 +64,7 @@ def rows_of(scores: Sequence[Score], case: Case, split: str, common: Row) -> lis
     ]
 
 
-def summarise(rows: Sequence[Row], failed: dict[str, str]) -> dict[str, Any]:
+def summarise(rows: Sequence[Row], failed: dict[str, str], unpredicted: Sequence[str] = ()) -> dict[str, Any]:
     """Return nnU-Net's `summary.json` keys (foreground_mean, mean, metric_per_case), and ours by site and split.
 
     Means leave out undefined values; "undefined" says how many there were. What was judged is left out.
@@ -107,6 +107,7 @@ def summarise(rows: Sequence[Row], failed: dict[str, str]) -> dict[str, Any]:
             m: sum(r["value"] is None for r in rows if r["metric"] == m) for m in [*metrics, *calibrated]
         },
         "failed": failed,
+        "unpredicted": list(unpredicted),
     }
 
 

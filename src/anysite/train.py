@@ -201,6 +201,9 @@ def _fit(fabric: Fabric, job: _Job) -> None:
             "threads": threads,
             "encoder": sorted(encoder_tensors(training.learner.network)),
         }
+        if judge is not None:
+            used = training.held_out.cases_by_turns[: config.judge.held_out_cases]
+            facts["judge_learned_from"] = [case.id for case in used]
         reflection = dict(training.learner.named_objectives()).get("reflection")
         runs.finish(job.output, training.learner.network, calibration, judge, reflection, **facts)
     fabric.barrier()

@@ -53,7 +53,7 @@ class AdaptationResult:
 
 @dataclass
 class _Image:
-    dice: list[float]
+    dice: dict[str, float | None]
     person: str
     case: str
     adapted: bool = True
@@ -69,9 +69,9 @@ def describe_adaptations(rows: Sequence[Row]) -> tuple[AdaptationResult, ...]:
         run = (row.dataset, row.seed, row.train_domains, row.labels, row.overrides)
         key = (*run, row.domain, row.case, row.corruption_version, row.severity)
         group = found[row.method, "none" if row.adapt in PLAIN else row.adapt, kind]
-        image = group.setdefault(key, _Image([], person_of(row.domain, row.patient or row.case), row.case))
-        if row.metric == "dice" and row.value is not None:
-            image.dice.append(row.value)
+        image = group.setdefault(key, _Image({}, person_of(row.domain, row.patient or row.case), row.case))
+        if row.metric == "dice":
+            image.dice[row.class_name] = row.value
         elif row.metric == ADAPTED:
             image.adapted = bool(row.value)
     results = []
@@ -90,9 +90,9 @@ def describe_adaptations(rows: Sequence[Row]) -> tuple[AdaptationResult, ...]:
 
 def _compare(kind: str, adapted: dict[Key, _Image], plain: dict[Key, _Image]) -> Gain | None:
     pairs = [
-        (image, fmean(image.dice) - fmean(plain[key].dice))
+        (image, change)
         for key, image in adapted.items()
-        if image.dice and key in plain and plain[key].dice
+        if key in plain and (change := _subtract(image.dice, plain[key].dice)) is not None
     ]
     if not pairs:
         return None
@@ -110,6 +110,19 @@ def _compare(kind: str, adapted: dict[Key, _Image], plain: dict[Key, _Image]) ->
         helped=sum(change > HARMED for _, change in pairs),
         worst=tuple((case, change) for case, change in worst if change < 0),
     )
+
+
+def _subtract(after: dict[str, float | None], before: dict[str, float | None]) -> float | None:
+    """Return the mean change over the classes that one of both masks or the truth holds.
+
+    Where a Dice is undefined neither mask nor truth hold the class: nothing was found where nothing is, which is right.
+    """
+    changes = [
+        (1.0 if after[name] is None else after[name]) - (1.0 if before[name] is None else before[name])
+        for name in after.keys() & before.keys()
+        if (after[name], before[name]) != (None, None)
+    ]
+    return fmean(changes) if changes else None
 
 
 def _estimate(pairs: Sequence[tuple[_Image, float]]) -> Estimate:

@@ -96,6 +96,7 @@ class Evaluation:
     cases: dict[str, int]
     seeds: tuple[str, ...]
     failures: tuple[tuple[str, str], ...]
+    outdated: bool
     sites: tuple[Site, ...]
     totals: tuple[tuple[str, Estimate | None, dict[str, Estimate | None]], ...]
     pictures: tuple[Shown, ...]
@@ -142,6 +143,10 @@ def evaluate(source: Source, *, pictures: int, volumes: int) -> Evaluation:
     trained.update(str(domain) for run in runs for domain in run.get("train_domains") or ())
     gallery = Gallery(source, volumes)
     shown = tuple(_site_pictures(gallery, sites))  # first, so that every site has a volume
+    failures = dict(source.unscored)
+    for case_id, case in predictions.cases.items():
+        if case.status == "failed":
+            failures[case_id] = without_folders(case.error or "no reason given", image_folders(case.images))
     lines = list_cases(rows, scores, gallery, pictures)
     return Evaluation(
         name=join(split_by_method(rows)) or join({describe_run(run).name: None for run in runs}),
@@ -156,11 +161,8 @@ def evaluate(source: Source, *, pictures: int, volumes: int) -> Evaluation:
         unseen=estimate(of_split(scores, "unseen")),
         cases={split: sum(s.value is not None for s in of_split(scores, split)) for split in SPLIT_NAMES},
         seeds=tuple(sorted({row.seed for row in rows})),
-        failures=tuple(
-            (case_id, without_folders(case.error or "no reason given", image_folders(case.images)))
-            for case_id, case in predictions.cases.items()
-            if case.status == "failed"
-        ),
+        failures=tuple(failures.items()),
+        outdated=source.outdated,
         sites=tuple(sites),
         totals=tuple(
             (split, mean, {name: estimate(of_split(scores, split), name) for name in classes})

@@ -215,13 +215,13 @@ def _average(kind: str, shifts: Sequence[Shift], scores: Sequence[str]) -> Shift
 
 
 def _rank(judged: Sequence[Judged], scores: Sequence[str]) -> Iterable[FailureRanking]:
-    """Measure every score within each run, and average over runs."""
+    """Measure every score within each run, and average over runs; one that an image lacks speaks against its mask."""
     runs: dict[tuple[object, ...], list[Judged]] = defaultdict(list)
     for one in judged:
         runs[one.run].append(one)
     for score in scores:
-        parts = [[one for one in part if score in one.scores] for part in runs.values()]
-        pairs = [([_risk(one) for one in part], _values(part, score)) for part in parts if len(part) > 1]
+        parts = [part for part in runs.values() if any(score in one.scores for one in part)]
+        pairs = [([_risk(one) for one in part], _suspect(part, score)) for part in parts if len(part) > 1]
         if not pairs:
             continue
 
@@ -249,7 +249,7 @@ def _share_caught(judged: Sequence[Judged], score: str) -> float | None:
     seen = math.floor(REFERRED * len(judged))
     if not sum(failed) or not seen:
         return None
-    _, let_through = risk_by_coverage(failed, [one.scores[score] for one in judged])
+    _, let_through = risk_by_coverage(failed, _suspect(judged, score))
     missed = float(let_through[len(judged) - seen - 1]) * len(judged)
     return (sum(failed) - missed) / min(sum(failed), seen)
 
@@ -291,11 +291,10 @@ def _draw(judged: Sequence[Judged], scores: Sequence[str]) -> Markup:
     for score in scores:
         found = []
         for part in runs:
-            chosen = [one for one in part if score in one.scores]
-            if len(chosen) < len(shares):
+            if len(part) < len(shares) or not any(score in one.scores for one in part):
                 continue
-            selective, _ = risk_by_coverage([_risk(one) for one in chosen], _values(chosen, score))
-            found.append([1 - selective[math.ceil(len(chosen) * share / 100) - 1] for share in shares])
+            selective, _ = risk_by_coverage([_risk(one) for one in part], _suspect(part, score))
+            found.append([1 - selective[math.ceil(len(part) * share / 100) - 1] for share in shares])
         if found:
             means = [fmean(values) for values in zip(*found, strict=True)]
             curves[score] = tuple(Estimate(mean, None, None, 1, 1) for mean in means)
@@ -307,6 +306,11 @@ def _draw(judged: Sequence[Judged], scores: Sequence[str]) -> Markup:
 
 def _values(judged: Iterable[Judged], score: str) -> list[float]:
     return [one.scores[score] for one in judged if score in one.scores]
+
+
+def _suspect(judged: Iterable[Judged], score: str) -> list[float]:
+    """Return a score of every image, beyond all others where it has none: nothing can be said of it."""
+    return [one.scores.get(score, math.inf) for one in judged]
 
 
 def _risk(one: Judged) -> float:

@@ -82,6 +82,29 @@ class MethodSummary:
         return self.in_domain.mean - self.unseen.mean
 
 
+def tell_runs_apart(rows: Sequence[Row]) -> list[Row]:
+    """Number methods of which several runs or settings of prediction would pass for one another.
+
+    Rows that a benchmark wrote name their settings; those of prediction folders hold a digest alone.
+    """
+    configs: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    alike = [
+        None
+        if row.job or not row.config
+        else (row.dataset, row.method, row.adapt, row.seed, row.train_domains, row.labels, row.overrides)
+        for row in rows
+    ]
+    for row, group in zip(rows, alike, strict=True):
+        if group is not None and row.config not in configs[group]:
+            configs[group].append(row.config)
+    return [
+        row
+        if group is None or len(configs[group]) == 1
+        else row.model_copy(update={"method": f"{row.method} #{configs[group].index(row.config) + 1}"})
+        for row, group in zip(rows, alike, strict=True)
+    ]
+
+
 def split_by_method(rows: Sequence[Row], *, by_labels: bool = True) -> dict[str, list[Row]]:
     """Group rows by method, adaptation, overrides and number of labels; names tell apart what differs."""
     variants = {

@@ -19,7 +19,14 @@ from anysite.report.curves import CorruptionCurves, LabelCurves, describe_corrup
 from anysite.report.evaluation import Evaluation, evaluate
 from anysite.report.inspection import read_audit
 from anysite.report.judging import FAILED, KINDS, OTHER, Judgement, describe_judgement
-from anysite.report.methods import Matrix, MethodSummary, split_by_method, summarise_methods, train_by_test
+from anysite.report.methods import (
+    Matrix,
+    MethodSummary,
+    split_by_method,
+    summarise_methods,
+    tell_runs_apart,
+    train_by_test,
+)
 from anysite.report.pictures import OKABE_ITO
 from anysite.report.read import Row, Source, read_sources
 from anysite.report.summary import is_clean, of_split, score_cases
@@ -147,7 +154,8 @@ def _by_dataset(sources: Sequence[Source]) -> dict[str, list[Source]]:
 
 
 def _chapter(dataset: str, sources: Sequence[Source], limits: Limits) -> Chapter:
-    rows = list({row.key: row for source in sources for row in source.rows}.values())
+    every = tell_runs_apart([row for source in sources for row in source.rows])
+    rows = list({row.key: row for row in every}.values())
     everything, rows = rows, [row for row in rows if row.split != OTHER]
     clean = [row for row in rows if is_clean(row)]
     labels = describe_labels(clean)

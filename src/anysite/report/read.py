@@ -45,6 +45,7 @@ class Row(BaseModel):
     commit: str = ""
     config: str = ""
     overrides: str = ""
+    job: str = ""
 
     @field_validator("train_domains", mode="before")
     @classmethod
@@ -73,7 +74,7 @@ class Row(BaseModel):
 # One record, or one for every share of a prediction that several machines made.
 MANIFESTS = "predictions*.json"
 VERDICTS = "verdicts.json"
-RELIABILITY = "reliability.json"
+RELIABILITY, SUMMARY = "reliability.json", "summary.json"
 
 
 class PredictedVerdict(BaseModel):
@@ -138,6 +139,7 @@ class Predictions(BaseModel):
 
     anysite: str = ""
     created: str = ""
+    origin: str = ""
     dataset: PredictedDataset = PredictedDataset()
     runs: list[dict[str, Any]] = []
     cases: dict[str, PredictedCase] = {}
@@ -157,12 +159,16 @@ class Source:
 
     Attributes:
         reliability: By split, how often voxels were right by how sure the network was.
+        unscored: Cases that could not be scored, or have no mask, and why.
+        outdated: Whether scores lie there of other masks, which are left out.
     """
 
     path: Path
     rows: tuple[Row, ...]
     predictions: Predictions | None = None
     reliability: dict[str, Reliability] = field(default_factory=dict)
+    unscored: dict[str, str] = field(default_factory=dict)
+    outdated: bool = False
 
 
 def read_sources(paths: Sequence[Path]) -> list[Source]:
@@ -192,11 +198,28 @@ def _sources_of(path: Path) -> Iterator[Source]:
             fix="pass the output folder of a prediction, or a .jsonl file of results",
         )
     for folder in folders:
-        rows = folder / "rows.jsonl"
-        found = _read_rows(rows) if rows.exists() else ()
-        yield Source(folder, found, _read_predictions(folder), _read_reliability(folder / RELIABILITY))
+        yield _read_folder(folder)
     for result in results:
         yield Source(result, _read_rows(result))
+
+
+def _read_folder(folder: Path) -> Source:
+    path, predictions = folder / "rows.jsonl", _read_predictions(folder)
+    rows = _read_rows(path) if path.exists() else ()
+    # Masks predicted anew by another run leave the scores of the former ones behind.
+    if any(row.config not in ("", predictions.origin) for row in rows) and predictions.origin:
+        return Source(folder, (), predictions, outdated=True)
+    reliability, unscored = _read_reliability(folder / RELIABILITY), _read_unscored(folder / SUMMARY)
+    return Source(folder, rows, predictions, reliability, unscored)
+
+
+def _read_unscored(path: Path) -> dict[str, str]:
+    summary = atomic.read_json(path) if path.is_file() else {}
+    if not isinstance(summary, dict):
+        return {}
+    failed, absent = summary.get("failed", {}), summary.get("unpredicted", ())
+    reasons = {str(case): str(reason) for case, reason in failed.items()} if isinstance(failed, dict) else {}
+    return reasons | {str(case): "it has a label and no mask" for case in absent if isinstance(case, str)}
 
 
 def _read_predictions(folder: Path) -> Predictions:
