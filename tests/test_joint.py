@@ -34,6 +34,7 @@ from anysite.runs import open_run
 from anysite.settings import AugmentSettings, PlanSettings, TrainSettings
 from anysite.splits import split
 from anysite.train import train
+from anysite.transfer import require_unseen
 from conftest import small_config
 
 
@@ -392,3 +393,103 @@ def test_images_beyond_the_labelled_patients_are_learned_from_without_their_labe
     run = train(dataset, alone, tmp_path / "alone", on_progress=lambda progress: notes.append(progress.note))
     assert any("train.unlabelled_share does nothing" in note for note in notes)
     assert "unlabelled" not in run.splits
+
+
+def test_a_class_has_to_beat_all_that_its_dataset_does_not_label(organs: Path) -> None:
+    _, plan = learned(organs)
+    chances = np.random.default_rng(0).dirichlet(np.ones(4), 500).T.astype(np.float32)
+    expected = np.zeros(500, np.int32)
+    for voxel, (background, ventricle, muscle, hippocampus) in enumerate(chances.T):
+        if max(ventricle, muscle) > background + hippocampus:
+            expected[voxel] = 1 if ventricle > muscle else 2
+        if hippocampus > background + ventricle + muscle:
+            assert expected[voxel] == 0  # never a class of each
+            expected[voxel] = 3
+    assert np.array_equal(plan.decide(chances), expected)
+    assert set(expected) == {0, 1, 2, 3}
+    left_out = plan.model_copy(update={"unknown": "left_out"})
+    assert np.array_equal(left_out.decide(chances), chances.argmax(0))
+    # The same as being told which dataset it is, where that one wins at all.
+    for name, own in (("heart", [1, 2]), ("head", [3])):
+        told = plan.for_task(name).as_probabilities(torch.from_numpy(chances).log()[None])[0].numpy()
+        of_task = plan.for_task(name).decide(told)
+        assert np.array_equal(np.where(np.isin(expected, own), expected, 0), of_task)
+
+
+def test_thick_slices_of_one_dataset_are_cut_along_in_all(tmp_path: Path) -> None:
+    write_volumes(tmp_path / "head_mr", {"a": 2}, declared={"left": 1, "right": 2})
+    write_volumes(tmp_path / "chest_mr", {"a": 2}, spacing=1.1, declared={"up": 1, "down": 2})
+    for name, axis in (("heart_mr", 2), ("spine_mr", 0)):
+        folder = write_volumes(tmp_path / name, {"a": 2}, declared={f"{name} x": 1, f"{name} y": 2})
+        for path in folder.rglob("*.nii.gz"):
+            volume = nib.load(path)  # pyright: ignore[reportPrivateImportUsage]
+            affine = np.eye(4)
+            affine[axis, axis] = 8
+            array = np.asarray(volume.dataobj)  # pyright: ignore[reportAttributeAccessIssue]
+            nib.save(nib.Nifti1Image(array, affine), path)  # pyright: ignore[reportPrivateImportUsage]
+    listed = write_list(tmp_path / "two.json", {n: f"{n}_mr" for n in ("head", "chest", "heart")})
+    _, plan = learned(listed)
+    assert (plan.axes, plan.dimension, plan.context_slices) == ("SRA", 2, 1)
+    assert any("heart: slices along S" in reason for reason in plan.reasons)
+    listed = write_list(tmp_path / "all.json", {n: f"{n}_mr" for n in ("head", "chest", "heart", "spine")})
+    with pytest.raises(ConfigError, match="plan.slice_axis: thick slices of heart along S, spine along R"):
+        learned(listed)
+    assert learned(listed, slice_axis="A")[1].axes == "ARS"
+
+
+def test_datasets_in_hounsfield_units_share_a_window(tmp_path: Path) -> None:
+    for name, low in (("lung", -1100.0), ("liver", -1000.5)):
+        write_volumes(
+            tmp_path / name, {"a": 2}, low=low, spacing=1 + (low > -1100), declared={name: 1, f"{name} b": 2}
+        )
+    write_volumes(tmp_path / "head", {"a": 2}, declared={"left": 1, "right": 2})
+    _, plan = learned(write_list(tmp_path / "ct.json", {n: n for n in ("lung", "liver", "head")}))
+    lung, liver, head = (variant.normalisation for variant in plan.variants)
+    assert lung == liver
+    assert lung[0].kind == "dataset"
+    assert head[0].kind == "case"
+
+
+def test_a_patient_in_two_datasets_is_one_person(tmp_path: Path) -> None:
+    write_volumes(tmp_path / "heart_mr", {"a": 6}, declared={"ventricle": 1, "muscle": 2})
+    datasets = {
+        "one": {"path": "heart_mr", "labels": {"ventricle": 1}},
+        "two": {"path": "heart_mr", "labels": {"muscle": 2}},
+    }
+    dataset = open_dataset(write_list(tmp_path / "readers.json", datasets))
+    assert len(dataset.cases) == 12
+    assert len({case.patient for case in dataset.cases}) == 6
+    parts = split(dataset, small_config())
+    trained, held_out = ({case.patient for case in part.cases} for part in (parts.training, parts.held_out))
+    assert held_out
+    assert not trained & held_out
+
+
+def test_masks_of_other_programs_hold_the_values_of_their_dataset(organs: Path, tmp_path: Path) -> None:
+    dataset, folder = open_dataset(organs), tmp_path / "others"
+    folder.mkdir()
+    for case in dataset.cases:
+        assert case.label_path is not None
+        (folder / f"{case.id}.nii.gz").write_bytes(case.label_path.read_bytes())
+    result = evaluate(folder, dataset)
+    assert not result.failed
+    dice = [row["value"] for row in result.rows if row["metric"] == "dice"]
+    assert dice
+    assert set(dice) == {1.0}
+
+
+def test_cases_of_a_joint_training_are_known_again_in_their_own_dataset(organs: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(organs)
+    run = train(dataset, configure("train.steps=2"), tmp_path / "run")
+    alone = open_dataset(tmp_path / "heart_mr")
+    roles = {"training": "training", "held_out": "in_domain"}
+    for case in (
+        case for case in alone.cases if case.domain == "b"
+    ):  # of site a the head has cases of the same ids
+        role = next(role for role, ids in run.splits.items() if f"heart_{case.id}" in ids)
+        assert split_of(case, [run]) == roles[role]
+    learned_from = {id.removeprefix("heart_") for id in run.splits["training"]}
+    parts = split(alone, small_config("seed=3"))
+    kept_out = {case.id for case in parts.held_out.cases}
+    assert set(require_unseen(run, alone, parts)) >= kept_out & learned_from
+    assert kept_out & learned_from

@@ -270,7 +270,7 @@ def _read_mask(case: Case, path: Path, dataset: Dataset, label: Volume, ours: bo
             expected=f"the label's shape {label.shape} and spacing {_listed(label.spacing)}, at the same place",
         )
     if not ours:
-        mask = as_class_indices(mask, path, dataset)
+        mask = as_class_indices(mask, path, dataset, case)
     beyond = int(mask.array.max())
     if beyond >= len(dataset.classes):
         raise DataError(f"class index {beyond}", where=path, expected=f"0 to {len(dataset.classes) - 1}")
@@ -307,12 +307,14 @@ def _groups_of_plan(plan: dict[str, Any]) -> list[tuple[int, ...]]:
     ]
 
 
-def as_class_indices(mask: Volume, path: Path, dataset: Dataset) -> Volume:
-    """Return the mask of another program, which holds the label values of the dataset, as class indices.
+def as_class_indices(mask: Volume, path: Path, dataset: Dataset, case: Case) -> Volume:
+    """Return the mask of another program, which holds the label values of the case's dataset, as class indices.
 
     Raises:
         LabelError: a value that stands for no class, or masks that seem to hold class indices.
     """
+    if case.task in dataset.tasks:
+        return dataset.indices_of(mask, case, where=path)
     if dataset.label_values == tuple(range(len(dataset.classes))):
         return mask
     found = set(np.unique(mask.array).tolist())

@@ -127,7 +127,7 @@ class MaskJudge:
             raise DataError("no mask", where=folder, expected=f"one named {case.id}")
         mask = files.read_label(path, case.image_paths[0])
         if not any(folder.glob(MANIFESTS)):  # anysite's own masks hold class indices already
-            mask = as_class_indices(mask, path, self.dataset)
+            mask = as_class_indices(mask, path, self.dataset, case)
         if not mask.same_grid(image):
             raise GeometryError(
                 f"a mask of shape {mask.shape}", where=path, expected=f"the grid of the image, {image.shape}"
@@ -140,16 +140,19 @@ class MaskJudge:
                 "no probabilities", where=folder, expected=f"{case.id}.npz, as for the reference masks",
                 fix="save them for both, or for neither",
             )  # fmt: skip
-        return self._on_grid(image.with_array(_turn(read_probabilities(saved), self.plan, mask, saved)))
+        turned = _turn(read_probabilities(saved), self.plan, mask, saved)
+        return self._on_grid(image.with_array(turned), image)
 
     def _as_maps(self, label: Volume, image: Volume) -> Float[np.ndarray, "k *s"]:
         found = self.plan.label_to_grid(label, image).numpy()
         maps = self.plan.as_maps(found.ravel()).reshape(-1, *found.shape)
         return maps.astype(np.float32)
 
-    def _on_grid(self, probabilities: Volume) -> Float[np.ndarray, "k *s"]:
+    def _on_grid(self, probabilities: Volume, image: Volume) -> Float[np.ndarray, "k *s"]:
         count = len(probabilities.array)
-        untouched = {"channels": count, "normalisation": (Normalisation(kind="none"),) * count}
+        own = self.plan.variant_of(image)
+        plain = (Normalisation(kind="none"),) * count
+        untouched = {"channels": count, "normalisation": plain, "variants": (), "spacing": own.spacing}
         return self.plan.model_copy(update=untouched).to_grid(probabilities).clamp(0, 1).numpy()
 
 

@@ -223,12 +223,31 @@ class Plan(BaseModel):
         return torch.cat([background, shown], channel)
 
     def decide(self, probabilities: Float[np.ndarray, "k *s"]) -> Integer[np.ndarray, "*s"]:
-        """Return the class index of every voxel: the largest class, or regions painted in order."""
-        if not self.regions:
+        """Return the class index of every voxel: the largest class, or regions painted in order.
+
+        Of several datasets a class has to be likelier than all that its dataset does not label, taken together, for
+        with that as its background it was learned.
+        """
+        if not self.regions and (len(self.variants) < 2 or self.unknown == "left_out"):
             return probabilities.argmax(axis=0).astype(np.int32)
+        if not self.regions:
+            return self._decide_jointly(probabilities)
         label = np.zeros(probabilities.shape[1:], np.int32)
         for probability, index in zip(probabilities, self.region_classes, strict=True):
             label[probability > 0.5] = index
+        return label
+
+    def _decide_jointly(self, probabilities: Float[np.ndarray, "k *s"]) -> Integer[np.ndarray, "*s"]:
+        label = np.zeros(probabilities.shape[1:], np.int32)
+        highest = np.zeros_like(probabilities[0])
+        total = probabilities.sum(0)
+        for variant in self.variants:
+            own = [index for index in variant.classes if index > 0]
+            chances = probabilities[own]
+            best = chances.max(0)
+            wins = (best > total - chances.sum(0)) & (best > highest)
+            label[wins] = np.array(own, np.int32)[chances.argmax(0)[wins]]
+            highest[wins] = best[wins]
         return label
 
     def as_maps(self, label: Integer[np.ndarray, "*s"]) -> Bool[np.ndarray, "k *s"]:

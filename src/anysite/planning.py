@@ -70,8 +70,8 @@ def learn_plan(dataset: Dataset, settings: PlanSettings, threads: int = 2) -> Pl
     axes, order = "", list(range(image_dimension))
     anisotropic = False
     if image_dimension == 3:
-        shapes = [np.median([p.shape for p in own], axis=0) for own in by_task.values()]
-        anisotropic, slice_axis, why = _find_slice_axis(spacing, np.median(shapes, axis=0))
+        shapes = {task: np.median([p.shape for p in own], axis=0) for task, own in by_task.items()}
+        anisotropic, slice_axis, why = _choose_slice_axis(settings, medians, shapes)
         reasons.append(why)
         order = [slice_axis, *(a for a in range(3) if a != slice_axis)]
         axes = "".join("RAS"[a] for a in order)
@@ -114,6 +114,7 @@ def learn_plan(dataset: Dataset, settings: PlanSettings, threads: int = 2) -> Pl
             )
             for task, own in by_task.items()
         )
+        variants = _share_hounsfield_window(settings, variants, by_task)
         reasons.append("spacing and normalisation of its own for each of " + ", ".join(by_task))
     return Plan(
         dimension=2 if dimension == 2 else 3,
@@ -188,6 +189,31 @@ def _describe(image: Volume, inside: np.ndarray) -> _Fingerprint:
     return _Fingerprint(image.shape, image.spacing, image.unit, image.array.shape[0], minimum, foreground)
 
 
+def _choose_slice_axis(
+    settings: PlanSettings, spacings: dict[str, np.ndarray], shapes: dict[str, np.ndarray]
+) -> tuple[bool, int, str]:
+    """Return whether the grid is anisotropic, the slice axis, and why: thick slices of one dataset decide for all.
+
+    Raises:
+        ConfigError: two datasets have thick slices along different axes.
+    """
+    found = {task: _find_slice_axis(spacings[task], shapes[task]) for task in spacings}
+    thick = {task: axis for task, (anisotropic, axis, _) in found.items() if anisotropic}
+    if settings.slice_axis != "auto":
+        return bool(thick), "RAS".index(settings.slice_axis), f"slices along {settings.slice_axis} as set"
+    if len(set(thick.values())) > 1:
+        told = ", ".join(f"{task} along {'RAS'[axis]}" for task, axis in thick.items())
+        raise ConfigError(
+            f"thick slices of {told}", where="plan.slice_axis", fix="set it to one of R, A and S"
+        )
+    if len(found) == 1 or not thick:
+        return _find_slice_axis(
+            np.median([*spacings.values()], axis=0), np.median([*shapes.values()], axis=0)
+        )
+    task, axis = next(iter(thick.items()))
+    return True, axis, f"{task}: {found[task][2]}"
+
+
 def _find_slice_axis(spacing: np.ndarray, shape: np.ndarray) -> tuple[bool, int, str]:
     """Return (whether the grid is anisotropic, the slice axis, why)."""
     if spacing.max() / spacing.min() >= ANISOTROPY_LIMIT:
@@ -225,6 +251,20 @@ def _choose_dimension(
         chosen = settings.dimension
         reasons.append(f"{chosen} as set")
     return (3, 0) if chosen == "3d" else (2, settings.context_slices if chosen == "2.5d" else 0)
+
+
+def _share_hounsfield_window(
+    settings: PlanSettings, variants: tuple[Variant, ...], by_task: dict[str, list[_Fingerprint]]
+) -> tuple[Variant, ...]:
+    """Give all datasets in Hounsfield units one window: by its spacing alone an image is told which it is like."""
+    hounsfield = [v.task for v in variants if all(n.kind == "dataset" for n in v.normalisation)]
+    if len(hounsfield) < 2:
+        return variants
+    common = _choose_normalisation(settings, [p for task in hounsfield for p in by_task[task]], [])
+    return tuple(
+        variant.model_copy(update={"normalisation": common}) if variant.task in hounsfield else variant
+        for variant in variants
+    )
 
 
 def _learn_variant(

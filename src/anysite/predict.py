@@ -244,8 +244,7 @@ def _attempt_case(
         entry |= _predict_case(segmenter, case, manifest, save_probabilities)
     except CASE_ERRORS as caught:
         error = describe_error(caught)
-        mask = manifest.output / mask_name(case, segmenter.settings.format)
-        entry |= {"status": "failed", "error": _without_folders(error, case, mask)}
+        entry |= {"status": "failed", "error": _without_folders(error, case, manifest.output)}
         # Files of an earlier call would pass for this one's.
         manifest.remove_files([probabilities_name(case), drawings_name(case), *_masks_of(case)])
     seconds = time.monotonic() - began
@@ -305,10 +304,14 @@ def _decision_of(entry: dict[str, Any]) -> str:
 
 
 def _role_of(case: Case, run: Run) -> str:
-    if case.domain not in run.manifest.get("train_domains", [case.domain]):
+    # A run of several datasets knows its cases and sites by names that begin with the dataset's.
+    tasks = [variant.task for variant in run.plan.variants] if not case.task else []
+    domains = {case.domain, *(f"{task}/{case.domain}" for task in tasks)}
+    if domains.isdisjoint(run.manifest.get("train_domains", domains)):
         return "unseen"
+    ids = {case.id, *(f"{task}_{case.id}" for task in tasks)}
     roles = {"training": "training", "unlabelled": "training", "held_out": "in_domain"}
-    return next((split for role, split in roles.items() if case.id in run.splits.get(role, ())), "unknown")
+    return next((s for role, s in roles.items() if not ids.isdisjoint(run.splits.get(role, ()))), "unknown")
 
 
 def _write_mask(
@@ -372,6 +375,7 @@ def _require_unique(cases: Sequence[Case]) -> None:
         seen[case.id] = case
 
 
-def _without_folders(text: str, case: Case, mask: Path) -> str:
+def _without_folders(text: str, case: Case, output: Path) -> str:
     """Keep folder names, which may identify people, out of what is stored."""
-    return case.without_folders(text).replace(str(mask), mask.name)
+    text = case.without_folders(text)
+    return text.replace(f"{output}/", "").replace(f"{output.absolute()}/", "") if output.name else text

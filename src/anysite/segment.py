@@ -92,7 +92,7 @@ class Segmenter:
             self._build_adapter(run, member) for run, member in zip(runs, self.members, strict=True)
         ]
         self.reasons = {name: text for judge in self.judges if judge for name, text in judge.reasons.items()}
-        self.plan = runs[0].plan
+        self.plan = self.members[0].plan
         # The mean of several is less sure than each of them, so that their temperatures would overdo it.
         calibrate = self.settings.calibrate and len(runs) == 1
         self.temperature = runs[0].temperature if calibrate else Temperature()
@@ -234,7 +234,7 @@ class Segmenter:
         """Return which voxels belong to every region, or every class but the background."""
         if self.plan.regions:
             return probabilities > 0.5
-        return self.plan.as_maps(probabilities.argmax(0))[1:]
+        return self.plan.as_maps(self.plan.decide(probabilities))[1:]
 
     def _place(self, network: Network, path: Path) -> Network:
         if self.settings.normalisation == "batch":
@@ -312,7 +312,7 @@ class _Member:
 
 def _choose_plan(run: Run, task: str | None) -> Plan:
     unknown = run.config.objectives.get("supervised", {}).get("unknown", "background")
-    return run.plan.for_task(task, unknown) if task else run.plan
+    return run.plan.for_task(task, unknown) if task else run.plan.model_copy(update={"unknown": unknown})
 
 
 def choose_windows(

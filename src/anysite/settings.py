@@ -33,6 +33,10 @@ class PlanSettings(Settings):
     """What the plan would otherwise learn from the training cases."""
 
     dimension: Literal["auto", "2d", "2.5d", "3d"] = "auto"
+    slice_axis: Literal["auto", "R", "A", "S"] = Field(
+        default="auto",
+        description="the patient's axis that volumes are cut along: from right, from the front, or from below",
+    )
     spacing: tuple[float, ...] | None = Field(
         default=None, description="voxel size in mm (or px), slice axis first"
     )

@@ -14,6 +14,7 @@ from anysite.config import Config
 from anysite.data.case import Dataset
 from anysite.errors import ConfigError
 from anysite.networks import Network, encoder_tensors
+from anysite.plan import Plan
 from anysite.splits import Splits
 
 LEAST_SHARE = 0.5  # of the encoder's values; with fewer a training would all but start from scratch
@@ -129,7 +130,17 @@ def require_unseen(run: runs.Run, dataset: Dataset, splits: Splits) -> list[str]
             expected="one of other cases",
             fix="give both the same seed and test sites, or pretrain in the same command by pretrain.objectives",
         )
-    return sorted(kept_out.intersection(*[set[str]().union(*seen.values())]))
+    # A list of datasets puts their names before the ids of their cases.
+    elsewhere = {id for name, ids in seen.items() for id in (*ids, *_without_prefix(ids, run.plan))}
+    tasks = dataset.tasks
+    own = {case.id: case.id.removeprefix(f"{case.task}_") if case.task in tasks else case.id
+           for case in (*splits.held_out.cases, *splits.test.cases)}  # fmt: skip
+    return sorted(id for id, plain in own.items() if {id, plain} & elsewhere)
+
+
+def _without_prefix(ids: set[str], plan: Plan) -> set[str]:
+    prefixes = [f"{variant.task}_" for variant in plan.variants if variant.task]
+    return {id.removeprefix(prefix) for id in ids for prefix in prefixes if id.startswith(prefix)}
 
 
 def _takes_the_image(weight: Tensor, channels: int) -> bool:

@@ -210,16 +210,23 @@ class Dataset:
             DataError: the case has no label.
             FileFormatError, LabelError: the file is no label map, or holds a value that stands for no class.
         """
-        label = case.label()
+        return self.indices_of(case.label(), case, where=case.label_path)
+
+    def indices_of(self, label: Volume, case: Case, where: object = "") -> Volume:
+        """Return a label map with the values of the case's dataset as class indices.
+
+        Raises:
+            LabelError: a value that stands for no class.
+        """
         task = self.tasks.get(case.task)
         if task is None:
-            return self.class_indices(label, where=case.label_path)
+            return self.class_indices(label, where=where)
         found = np.unique(label.array)
         unknown = [int(value) for value in found if value not in task.indices]
         if unknown:
             raise LabelError(
                 f"label value{'s' if len(unknown) > 1 else ''} {', '.join(map(str, unknown[:10]))}",
-                where=case.label_path,
+                where=where,
                 expected=f"only {', '.join(map(str, sorted(task.indices)))}, as {case.task} declares",
             )
         positions = np.array([task.indices[int(value)] for value in found], np.int32)

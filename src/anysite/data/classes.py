@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from anysite import atomic
 from anysite.data.case import Dataset
@@ -17,7 +17,7 @@ from anysite.errors import DataError, LabelError
 class ListedCase(BaseModel):
     """The files of a case named in nnU-Net's dataset.json instead of by file name."""
 
-    images: list[str]
+    images: list[str] = Field(min_length=1)
     label: str | None = None
 
 

@@ -46,7 +46,10 @@ def read_datalist(path: Path, default_domain: str) -> list[Case]:
     content: dict[str, Any] = atomic.read_json(path)
     cases = []
     for key in ("training", "validation"):
-        for index, entry in enumerate(content.get(key, ())):
+        listed_cases = content.get(key) or []
+        if not isinstance(listed_cases, list):
+            raise DataError(f"{key}: {type(listed_cases).__name__}", where=path, expected="a list of images")
+        for index, entry in enumerate(listed_cases):
             try:
                 listed = ListedImage.model_validate({"image": entry} if isinstance(entry, str) else entry)
             except ValidationError as error:

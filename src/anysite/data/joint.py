@@ -84,14 +84,16 @@ def read_joint(path: Path) -> tuple[JointDeclaration, dict[str, Path]]:
 def join(declaration: JointDeclaration, datasets: Mapping[str, Dataset], where: Path) -> Dataset:
     """Return all cases as one dataset; `classes` is empty where a dataset's are not known yet.
 
-    Cases, patients and sites are named after their dataset, so that those of two never meet.
+    Cases, patients and sites are named after their dataset, so that those of two never meet, except patients of whom
+    one image is in several datasets, such as one folder listed with the labels of each of two readers.
 
     Raises:
         DataError: overlapping classes, or a listed value that the dataset does not declare.
     """
+    people = _name_people(datasets)
     cases = [
         replace(
-            case, id=f"{name}_{case.id}", patient=f"{name}/{case.patient}", domain=f"{name}/{case.domain}",
+            case, id=f"{name}_{case.id}", patient=people[name, case.patient], domain=f"{name}/{case.domain}",
             task=name,
         )
         for name, dataset in datasets.items()
@@ -116,6 +118,21 @@ def join(declaration: JointDeclaration, datasets: Mapping[str, Dataset], where: 
         for name, structures in known.items()
     }
     return Dataset(declaration.name, tuple(cases), classes, tuple(range(len(classes))), tasks=tasks)
+
+
+def _name_people(datasets: Mapping[str, Dataset]) -> dict[tuple[str, str], str]:
+    """Return a name for every patient of every dataset, the same where they share an image file."""
+    people: dict[tuple[str, str], str] = {}
+    owners: dict[Path, str] = {}
+    for name, dataset in datasets.items():
+        images: dict[str, list[Path]] = {}
+        for case in dataset.cases:
+            images.setdefault(case.patient, []).extend(path.resolve() for path in case.image_paths)
+        for patient, paths in images.items():
+            person = next((owners[path] for path in paths if path in owners), f"{name}/{patient}")
+            people[name, patient] = person
+            owners.update(dict.fromkeys(paths, person))
+    return people
 
 
 def _structures(

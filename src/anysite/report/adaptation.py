@@ -117,11 +117,8 @@ def _subtract(after: dict[str, float | None], before: dict[str, float | None]) -
 
     Where a Dice is undefined neither mask nor truth hold the class: nothing was found where nothing is, which is right.
     """
-    changes = [
-        (1.0 if after[name] is None else after[name]) - (1.0 if before[name] is None else before[name])
-        for name in after.keys() & before.keys()
-        if (after[name], before[name]) != (None, None)
-    ]
+    pairs = [(after[name], before[name]) for name in sorted(after.keys() & before.keys())]
+    changes = [(1 if a is None else a) - (1 if b is None else b) for a, b in pairs if (a, b) != (None, None)]
     return fmean(changes) if changes else None
 
 
