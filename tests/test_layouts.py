@@ -173,6 +173,7 @@ def test_decathlon_folder_and_listed_files(nnunet, tmp_path):
         ({"labels": {"background": 0, "a": "one"}}, "labels"),
         ({"labels": [0, 1]}, "labels"),
         ({"name": 7}, "name is 7"),
+        ({"labels": {"background": 0, "a": 1}, "dataset": {"k": {"images": []}}}, "dataset.k.images"),
     ],
 )
 def test_declarations_that_make_no_sense(nnunet, content, complaint):
@@ -346,6 +347,17 @@ def test_a_datalist_names_every_file(tmp_path):
         labels={"0": "background", "1": "vessel"},
     )  # fmt: skip
     assert [case.held_out for case in open_dataset(tmp_path).cases] == [False, True]
+    declare(
+        tmp_path / "dataset.json",
+        training=training,
+        validation=None,
+        labels={"0": "background", "1": "vessel"},
+    )
+    assert len(open_dataset(tmp_path).cases) == 2
+    for wrong in (3, {"image": "images/b.png"}):
+        declare(tmp_path / "dataset.json", training=training, validation=wrong)
+        with pytest.raises(DataError, match="validation: .*; expected a list of images"):
+            open_dataset(tmp_path)
     declare(tmp_path / "dataset.json", training=[{"label": "a"}])
     with pytest.raises(DataError, match=r"training.0.image: Field required; expected"):
         open_dataset(tmp_path)

@@ -239,6 +239,9 @@ def test_a_full_disk_leaves_no_partial_file(
         outcomes = predict.predict([run], [case], tmp_path / "out", save_probabilities=True)
         assert [o.status for o in outcomes] == ["failed"]
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]
+    assert str(tmp_path) not in (tmp_path / "out" / "predictions.json").read_text().replace(
+        str(run.path.parent), ""
+    )
 
 
 def test_probabilities_come_back_and_agree_with_the_mask(phantom: Dataset, run: Run, tmp_path: Path) -> None:
