@@ -29,7 +29,7 @@ LAYERS = [
     {"checks", "diagnostics"},
     {"objectives"},
     {"learner", "detectors", "adapters"},
-    {"judge", "rows"},
+    {"judge", "observations", "rows"},
     {"guard"},
     {"runs", "scalars", "maps", "previews"},
     {"segment", "splits", "validation", "manifest"},

@@ -38,12 +38,13 @@ from anysite.judge import (
 )
 from anysite.judgement import suspicion
 from anysite.learner import build_network
+from anysite.observations import count_agreement, count_shared, sum_layer
 from anysite.plan import Normalisation, Plan
 from anysite.predict import judged_by_image_alone, predict
 from anysite.references import learn_references
 from anysite.report.read import read_sources
 from anysite.runs import Run
-from anysite.segment import Segmenter, count_agreement, count_shared, flip_combinations, sum_layer
+from anysite.segment import Segmenter, flip_combinations
 from anysite.settings import JudgeSettings
 from anysite.train import train
 from anysite.verdicts import read_verdicts
