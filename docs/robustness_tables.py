@@ -24,7 +24,7 @@ def write_robustness_tables(text: str) -> str:
         corrupted = {_trained(row) for row in every if not is_clean(row)}
         rows = [row for row in every if _trained(row) in corrupted and row.metric == "dice"]
         commits = ", ".join(sorted({f"`{row['commit']}`" for row in read_rows(RESULTS / name)}))
-        lines += [f"**{entry['corruptions']}**", "", *_describe(rows), ""]
+        lines += [f"**{entry['corruptions']}**", "", *_describe(rows, entry.get("baseline", "baseline")), ""]
         lines += [f"```\n{entry['command']}\n```", "", f"Commit {commits}.", ""]
     return between_markers(text, lines)
 
@@ -33,7 +33,7 @@ def _trained(row: Row) -> tuple[object, ...]:
     return row.method, row.overrides, row.labels, row.train_domains, row.seed
 
 
-def _describe(rows: list[Row]) -> list[str]:
+def _describe(rows: list[Row], baseline: str) -> list[str]:
     """Return one row a method: clean and corrupted Dice of the same cases, both beside the baseline's."""
     lines = [
         "| method | clean | against baseline, paired | corrupted | against baseline, paired | gap | unseen, clean "
@@ -47,7 +47,7 @@ def _describe(rows: list[Row]) -> list[str]:
         own = methods[result.method]
         clean = [row for row in own if is_clean(row) and row.split != "unseen"]
         worse = [row for row in own if not is_clean(row)]
-        plain = methods["baseline"]
+        plain = [] if result.method == baseline else methods[baseline]
         against_clean = _compare(clean, [row for row in plain if is_clean(row) and row.split != "unseen"])
         against_worse = _compare(worse, [row for row in plain if not is_clean(row)])
         unseen = estimate(score_cases(row for row in own if is_clean(row) and row.split == "unseen"))
@@ -65,8 +65,6 @@ def _compare(rows: list[Row], baseline: list[Row]) -> str:
     mine, other = (
         {(s.domain, s.case): s for s in score_cases(part) if s.value is not None} for part in (rows, baseline)
     )
-    if rows and baseline and {row.method for row in rows} == {row.method for row in baseline}:
-        return "-"
     shared = sorted(mine.keys() & other.keys())
     if not shared:
         return "-"
