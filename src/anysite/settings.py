@@ -143,10 +143,12 @@ class TrainSettings(Settings):
     batch_size: int | None = Field(default=None, gt=0, description="none: 8 in 2-D, 2 in 3-D")
     learning_rate: float = Field(default=3e-3, gt=0)
     weight_decay: float = Field(default=1e-2, ge=0)
-    schedule: Literal["cosine", "polynomial", "constant"] = "cosine"
+    schedule: Literal["cosine", "polynomial", "constant"] = Field(
+        default="constant", description="of the learning rate, after the warm-up"
+    )
     warmup_steps: int = Field(default=50, ge=0)
     average_share: Probability = Field(
-        default=0.0,
+        default=0.25,
         description="share of the training, at its end, over whose steps the weights are averaged",
     )
     gradient_clip: float = Field(default=12.0, gt=0)
