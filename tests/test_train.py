@@ -232,6 +232,23 @@ def test_averaged_weights_are_the_mean_over_the_last_steps_however_often_it_was_
     assert equal(averaged, weights(tmp_path / "again"))
 
 
+def test_a_checkpoint_of_before_weights_were_averaged_can_be_continued(
+    phantom: Dataset, tmp_path: Path
+) -> None:
+    def interrupt(progress: Progress) -> None:
+        if progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = small_config("test_domains=['west']")
+    with pytest.raises(InterruptedTraining):
+        train(phantom, settings, tmp_path / "run", on_progress=interrupt)
+    tensors, facts = runs.load_tensors(tmp_path / "run" / runs.CHECKPOINT)
+    former = {name: tensor for name, tensor in tensors.items() if not name.startswith("average.")}
+    assert former.keys() < tensors.keys()
+    runs.save_tensors(tmp_path / "run" / runs.CHECKPOINT, former, facts)
+    assert train(phantom, settings, tmp_path / "run", resume=True).manifest["steps"] == 6
+
+
 def test_averaged_weights_get_statistics_of_batches_of_their_own(phantom: Dataset, tmp_path: Path) -> None:
     settings = small_config("train.average_share=0.5", "train.schedule=constant", "network.norm=batch")
     run = train(phantom, settings, tmp_path / "run")

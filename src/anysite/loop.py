@@ -241,8 +241,8 @@ class Training:
         for name in [name for name in tensors if name.startswith("optimizer.")]:
             _, index, key = name.split(".")
             state.setdefault(int(index), {})[key] = tensors.pop(name)
-        if self.average is not None:
-            names = [name for name in tensors if name.startswith("average.")]
+        names = [name for name in tensors if name.startswith("average.")]
+        if self.average is not None and names:  # a checkpoint of before there were averages has none
             self.average.load_state_dict({n.removeprefix("average."): tensors.pop(n) for n in names})
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
