@@ -18,7 +18,9 @@ from anysite.calibrate import calibrate
 from anysite.calibration import (
     CALIBRATION_METRICS,
     Temperature,
+    allow_unknown,
     fit_temperature,
+    fold_unknown,
     score_calibration,
     select_band,
 )
@@ -118,6 +120,23 @@ def test_the_temperature_that_was_taken_away_is_found(sharpened: float, overlapp
         assert before is not None
         assert after is not None
         assert after < 0.2 * before
+
+
+def test_the_temperature_is_found_where_a_label_does_not_tell_classes_apart() -> None:
+    """Dividing the logits of the folded classes instead would find another: a sum of two is not sharpened alike."""
+    probabilities, truth = draw(3, 4, 60_000, False)
+    wrong = Temperature((2.0,)).apply(probabilities, False)
+    seen = np.zeros_like(truth)
+    seen[:2] = truth[:2]
+    seen[0] |= truth[2] | truth[3]  # classes 2 and 3 are not labelled, and stand as background
+    allowed = allow_unknown(seen, (0, 1), overlapping=False)
+    assert (allowed.sum(0) == np.where(seen[0], 3, 1)).all()
+    fitted = fit_temperature(wrong, allowed, overlapping=False)
+    assert fitted.values[0] == pytest.approx(0.5, rel=0.03)
+    of_folded = fit_temperature(fold_unknown(wrong, (0, 1), False)[:2], seen[:2], overlapping=False)
+    assert abs(of_folded.values[0] - 0.5) > 0.05
+    assert allow_unknown(truth, (0, 1, 2, 3), overlapping=False) is truth
+    assert allow_unknown(truth, (0, 1), overlapping=True) is truth
 
 
 def test_every_class_may_have_a_temperature_of_its_own() -> None:

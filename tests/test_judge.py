@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from anysite import atomic, cli, registry, runs
+from anysite import atomic, cli, quality, registry, runs
 from anysite import judge as judging
 from anysite.augment import blur
 from anysite.data.case import Dataset
@@ -659,6 +659,33 @@ def test_a_further_image_crosses_a_limit_as_seldom_as_stated(count: int, share: 
         *known, further = rng.normal(size=count + 1)
         crossed.append(further > judging._find_limit(known, share)[1])
     assert np.mean(crossed) <= (1 - share) * 1.2 + 0.001
+
+
+@pytest.mark.parametrize("count", [5, 10, 30])
+@pytest.mark.parametrize("shape", ["exponential", "half normal", "sum of signs"])
+def test_of_scores_that_begin_at_nothing_too(count: int, shape: str) -> None:
+    """As the combined one, whose tail is longer than a normal distribution's: by that it was crossed more often."""
+    rng, share = np.random.default_rng(1), 0.99
+    weights = np.array([0.5, 1.0, 0.3, 0.0, 0.8])
+
+    def draw_scores(number: int) -> np.ndarray:
+        if shape == "sum of signs":
+            return quality.signs_of(rng.normal(0, 0.4, (number, len(weights)))) @ weights
+        return rng.exponential(size=number) if shape == "exponential" else np.abs(rng.normal(size=number))
+
+    crossed, by_normal = [], []
+    for _ in range(4000):
+        *known, further = draw_scores(count + 1)
+        crossed.append(further > judging._find_limit(known, share, least=0.0)[1])
+        by_normal.append(further > judging._find_limit(known, share)[1])
+    assert np.mean(crossed) <= (1 - share) * 1.5
+    assert np.mean(by_normal) > (1 - share) * 1.5
+
+
+def test_a_limit_of_scores_that_are_all_alike() -> None:
+    assert judging._find_limit([0.0] * 8, 0.99, least=0.0) == (0.0, 0.0)
+    usual, limit = judging._find_limit([0.2] * 8, 0.99, least=0.2)
+    assert usual == limit == pytest.approx(0.2)
 
 
 def test_a_detector_that_some_held_out_images_know_nothing_of_is_dropped(draw: Draw) -> None:

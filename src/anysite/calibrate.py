@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from anysite.calibration import fit_temperature, fold_unknown, score_calibration, select_band
+from anysite.calibration import (
+    Temperature,
+    allow_unknown,
+    fit_temperature,
+    fold_unknown,
+    score_calibration,
+    select_band,
+)
 from anysite.data.case import Case, Dataset
 from anysite.errors import DataError, GeometryError, describe_error
 from anysite.segment import Segmenter
@@ -33,32 +40,39 @@ def calibrate(
     """
     plan = segmenter.plan
     overlapping = bool(plan.regions)
-    probabilities = [np.empty((plan.outputs, 0), np.float32)]
-    truths = [np.empty((plan.outputs, 0), bool)]
+    samples: list[tuple[np.ndarray, np.ndarray, Sequence[int]]] = []
     failed: dict[str, str] = {}
     for case in cases:
         try:
-            chances, truth = sample_voxels(segmenter, case, dataset)
+            samples.append((*sample_voxels(segmenter, case, dataset), dataset.known_to(case)))
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost a finished training
             failed[case.id] = case.without_folders(describe_error(error))
-            continue
-        probabilities.append(chances)
-        truths.append(truth)
-    chances, truth = np.concatenate(probabilities, 1), np.concatenate(truths, 1)
+    none = np.empty((plan.outputs, 0), np.float32)
+    chances = np.concatenate([none, *(chances for chances, _, _ in samples)], 1)
+    # Logits are divided before anything is folded, in prediction as here.
+    allowed = [allow_unknown(truth, known, overlapping) for _, truth, known in samples]
     temperature = fit_temperature(
-        chances, truth, overlapping=overlapping, per_class=settings.kind == "per_class"
-    )
-    errors = {
-        when: score_calibration(p, truth, overlapping=overlapping, metrics=["ece"])["ece"]
-        for when, p in (("before", chances), ("after", temperature.apply(chances, overlapping)))
-    }
+        chances, np.concatenate([none > 0, *allowed], 1), overlapping=overlapping,
+        per_class=settings.kind == "per_class",
+    )  # fmt: skip
+    truth = np.concatenate([none > 0, *(truth for _, truth, _ in samples)], 1)
+
+    def error_of(tempered: Temperature) -> float | None:
+        folded = [
+            fold_unknown(tempered.apply(part, overlapping), known, overlapping) for part, _, known in samples
+        ]
+        scores = score_calibration(
+            np.concatenate([none, *folded], 1), truth, overlapping=overlapping, metrics=["ece"]
+        )
+        return scores["ece"]
+
     return {
         "temperature": list(temperature.values),
         "kind": settings.kind,
         "cases": [case.id for case in cases if case.id not in failed],
         "failed": failed,
         "voxels": chances.shape[1],
-        "expected_calibration_error": errors,
+        "expected_calibration_error": {"before": error_of(Temperature()), "after": error_of(temperature)},
     }
 
 
@@ -86,6 +100,6 @@ def sample_voxels(
     if len(voxels) > VOXELS_A_CASE:
         voxels = np.random.default_rng(0).choice(voxels, VOXELS_A_CASE, replace=False)
     return (
-        fold_unknown(chances.reshape(len(chances), -1)[:, voxels], known, bool(segmenter.plan.regions)),
+        chances.reshape(len(chances), -1)[:, voxels],
         segmenter.plan.as_maps(label.array[0].ravel()[voxels]),
     )

@@ -59,7 +59,8 @@ def fit_temperature(
 
     Args:
         probabilities: Of voxels the network was not trained on.
-        truth: For each voxel whether it is of each class; exactly one, unless they overlap.
+        truth: For each voxel whether it is of each class; at least one, unless they overlap, and several where a
+            label does not tell them apart (`allow_unknown`).
         overlapping: Whether classes overlap.
         per_class: One for each class, by the voxels of which it is the most likely, or for each region; of
             classes with fewer than `least_voxels`, and of regions with fewer inside or outside, the one for all.
@@ -141,6 +142,17 @@ def fold_unknown(
     return folded
 
 
+def allow_unknown(
+    truth: Bool[np.ndarray, "k *n"], known: Sequence[int], overlapping: bool
+) -> Bool[np.ndarray, "k *n"]:
+    """Return the truth in which background may also be any class that a label does not tell of."""
+    if overlapping or len(known) == len(truth):
+        return truth
+    allowed = truth.copy()
+    allowed[[index for index in range(len(truth)) if index not in known]] |= truth[0]
+    return allowed
+
+
 def count_reliability(
     probabilities: Float[np.ndarray, "k n"], truth: Bool[np.ndarray, "k n"], *, overlapping: bool
 ) -> Float[np.ndarray, "3 _"]:
@@ -193,7 +205,8 @@ def _minimise(probabilities: np.ndarray, truth: np.ndarray, overlapping: bool) -
         scaled = logits / np.exp(log_temperature)
         if overlapping:
             return -special.log_expit(np.where(truth, scaled, -scaled)).mean()
-        return -special.log_softmax(scaled, axis=0)[truth].mean()
+        of_truth = np.where(truth, special.log_softmax(scaled, axis=0), -np.inf)
+        return -special.logsumexp(of_truth, axis=0).mean()
 
     limits = np.log([COLDEST, HOTTEST])
     found: Any = optimize.minimize_scalar(loss, bounds=limits, method="bounded")

@@ -227,8 +227,10 @@ class Judge:
         }
         everyone = [reference.patient for reference in held_out]
         strangeness = quality.score_left_out(signs, shifted, everyone)
-        self.limits[COMBINED] = _find_limit(strangeness[~shifted].tolist(), share)
-        self.limits[QUALITY] = _find_limit((1 - expected[~shifted[scored]]).tolist(), share)
+        self.limits[COMBINED] = _find_limit(strangeness[~shifted], share, least=0.0)
+        lost = 1 - expected[~shifted[scored]]
+        unmarked = 1 - float(self.weights[QUALITY][0])
+        self.limits[QUALITY] = _find_limit(lost, share, least=min(unmarked, float(lost.min())))
 
     def _relative(self, name: str, distance: float) -> float:
         usual, limit = self.limits[name]
@@ -301,13 +303,21 @@ def average_verdicts(
     return decide(means, {**reasons, ENSEMBLE: ENSEMBLE_REASON}, odd, expected, least_dice)
 
 
-def _find_limit(distances: Sequence[float], share: float) -> tuple[float, float]:
+def _find_limit(
+    distances: Sequence[float] | np.ndarray, share: float, least: float | None = None
+) -> tuple[float, float]:
     """Return the median, and where a review begins so that so large a share of further such images lies below.
 
     Of few distances neither the mean nor the spread is sure, so that a normal distribution's quantile would be crossed
-    several times as often: the limit is that of Student's t for one image more.
+    several times as often: the limit is that of Student's t for one image more. Of distances that no image can
+    have less than `least` of, and many have just that, the long tail is let in by cube roots, which are nearly normal
+    (Wilson and Hilferty, 1931, https://doi.org/10.1073/pnas.17.12.684).
     """
-    count = len(distances)
+    values = np.asarray(distances, float)
+    bent = values if least is None else np.cbrt(values - least)
+    count = len(values)
     beyond = special.stdtrit(count - 1, share) * np.sqrt(1 + 1 / count)
-    normal = np.mean(distances) + beyond * np.std(distances, ddof=1)
-    return float(np.median(distances)), max(float(np.quantile(distances, share)), float(normal))
+    limit = float(np.mean(bent) + beyond * np.std(bent, ddof=1))
+    if least is not None:
+        limit = least + max(limit, 0.0) ** 3
+    return float(np.median(values)), max(float(np.quantile(values, share)), limit)

@@ -1,0 +1,236 @@
+"""Seconds and peak memory from an image file to a mask file, beside nnU-Net's predictor and MONAI in float32.
+
+Run as `python benchmarks/predict_file.py [--slices 300] [--rounds 3] [--folder DIR] [--output
+benchmarks/predict_file.json]` where nnU-Net v2 is installed beside anysite (`pip install nnunetv2`). A network is
+trained on made-up CT first (in DIR, where it is kept and used again), and segments a volume of 512 x 512 x SLICES
+voxels that is resampled on the way. All three take the same weights, spacing, intensity window and windows (64^3,
+half overlapping, Gaussian), and none mirrors. `anysite` is the command line and judges the mask as well; nnU-Net is
+its predictor without worker processes, whose memory would come on top; MONAI is what its tutorials show: transforms,
+sliding window, inversion, saving. They take turns, each in a process of its own, whose memory the kernel counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import torch
+
+from anysite import atomic, compute, config, runs
+from anysite.data.layouts import open_dataset
+from anysite.train import train
+from large_volume import write_ct
+
+SIDES = ("anysite", "nnunet", "monai")
+PATCH, SPACING_MM, OVERLAP = 64, 1.5, 0.5
+SETTINGS = (
+    f"plan.spacing={[SPACING_MM] * 3}", f"plan.patch_size={[PATCH] * 3}", "plan.dimension=3d", "network.width=8",
+    "train.batch_size=2", f"predict.overlap={OVERLAP}", "predict.flips=false", "judge.shifted_copies=0",
+)  # fmt: skip
+
+
+def predict_nnunet(run: runs.Run, image: Path, output: Path) -> None:
+    """Write the mask that nnU-Net's predictor makes with a run's network."""
+    os.environ |= {"nnUNet_compile": "false"}
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor  # pyright: ignore
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # pyright: ignore
+
+    window = run.plan.normalisation[0]
+    resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
+    plans = {
+        "dataset_name": "Dataset001_peer", "plans_name": "peer", "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2],
+        "foreground_intensity_properties_per_channel": {
+            "0": {
+                "mean": window.mean, "std": window.std,
+                "percentile_00_5": window.low, "percentile_99_5": window.high,
+            }
+        },
+        "configurations": {
+            "3d_fullres": {
+                "preprocessor_name": "DefaultPreprocessor", "spacing": [SPACING_MM] * 3,
+                "patch_size": [PATCH] * 3, "batch_size": 2, "normalization_schemes": ["CTNormalization"],
+                "use_mask_for_norm": [False], "resampling_fn_data": "resample_data_or_seg_to_shape",
+                "resampling_fn_data_kwargs": resampling,
+                "resampling_fn_seg": "resample_data_or_seg_to_shape",
+                "resampling_fn_seg_kwargs": resampling | {"is_seg": True, "order": 1},
+                "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+                "resampling_fn_probabilities_kwargs": resampling | {"order": 1},
+            }
+        },
+    }  # fmt: skip
+    names = run.plan.classes
+    facts = {
+        "channel_names": {"0": "CT"}, "file_ending": ".nii.gz",
+        "labels": {name: index for index, name in enumerate(names)},
+    }  # fmt: skip
+    manager = PlansManager(plans)
+    network = run.network()
+    predictor = nnUNetPredictor(
+        tile_step_size=1 - OVERLAP, use_mirroring=False, perform_everything_on_device=False,
+        device=torch.device("cpu"), allow_tqdm=False,
+    )  # fmt: skip
+    weights = [network.state_dict()]
+    predictor.manual_initialization(
+        network, manager, manager.get_configuration("3d_fullres"), weights, facts, "nnUNetTrainer", None
+    )
+    network.eval()
+    predictor.predict_from_files_sequential([[str(image)]], [str(output / "p0")])
+
+
+def predict_monai(run: runs.Run, image: Path, output: Path) -> None:
+    """Write the mask that MONAI's transforms and sliding window make with a run's network."""
+    from monai.data.dataset import Dataset
+    from monai.data.meta_tensor import MetaTensor
+    from monai.data.utils import decollate_batch
+    from monai.inferers.utils import sliding_window_inference
+    from monai.transforms.compose import Compose
+    from monai.transforms.intensity.dictionary import NormalizeIntensityd, ScaleIntensityRanged
+    from monai.transforms.io.dictionary import LoadImaged, SaveImaged
+    from monai.transforms.post.dictionary import AsDiscreted, Invertd
+    from monai.transforms.spatial.dictionary import Orientationd, Spacingd
+    from monai.transforms.utility.dictionary import EnsureChannelFirstd
+
+    window = run.plan.normalisation[0]
+    before: Any = Compose(
+        [
+            LoadImaged("image"),
+            EnsureChannelFirstd("image"),
+            Orientationd("image", axcodes=run.plan.axes, labels=None),
+            Spacingd("image", pixdim=[SPACING_MM] * 3, mode="bilinear"),
+            ScaleIntensityRanged("image", window.low, window.high, window.low, window.high, clip=True),
+            NormalizeIntensityd("image", subtrahend=window.mean, divisor=window.std),
+        ]
+    )
+    after: Any = Compose(
+        [
+            Invertd("mask", transform=before, orig_keys="image", nearest_interp=False, to_tensor=True),
+            AsDiscreted("mask", argmax=True),
+            SaveImaged(
+                "mask", output_dir=output, output_postfix="", output_dtype=np.uint8, separate_folder=False,
+                resample=False, print_log=False,
+            ),
+        ]
+    )  # fmt: skip
+    network = run.network().eval()
+    item = Dataset([{"image": str(image)}], before)[0]
+    with torch.inference_mode():
+        mask = sliding_window_inference(
+            item["image"][None], [PATCH] * 3, 4, network, overlap=OVERLAP, mode="gaussian", sigma_scale=0.125
+        )
+    assert isinstance(mask, MetaTensor)
+    for part in decollate_batch({"image": item["image"][None], "mask": mask}):
+        after(part)
+
+
+def measure(command: list[str]) -> tuple[float, int]:
+    """Run a command; return its seconds and its peak memory in MiB."""
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=sys.stderr)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode not in (0, 1):
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    return time.monotonic() - began, round(usage.ru_maxrss / 1024)
+
+
+def compare(folder: Path, slices: int, rounds: int, steps: int) -> dict[str, Any]:
+    """Return seconds and peak memory of all sides, their ratios, and how far their masks agree."""
+    volume = folder / f"volume_{slices}"
+    if not volume.exists():
+        write_ct(volume, "p0", slices, 0)
+    if not (folder / "training").exists():
+        for patient in range(1, 7):
+            write_ct(folder / "training", f"p{patient}", 64, patient)
+    overrides = [*SETTINGS, f"train.steps={steps}"]
+    train(open_dataset(folder / "training"), config.load("baseline", overrides), folder / "run", resume=True)
+    image = volume / "images" / "p0.nii.gz"
+    taken: dict[str, list[float]] = {side: [] for side in SIDES}
+    peaks = dict.fromkeys(SIDES, 0)
+    for _ in range(rounds):
+        for side in SIDES:
+            output = folder / side
+            shutil.rmtree(output, ignore_errors=True)
+            output.mkdir()
+            own = [sys.executable, "-m", "anysite", "predict", str(folder / "run"), str(image.parent)]
+            peer = [
+                sys.executable,
+                __file__,
+                "--side",
+                side,
+                "--folder",
+                str(folder),
+                "--slices",
+                str(slices),
+            ]
+            seconds, peak = measure([*own, "--output", str(output)] if side == "anysite" else peer)
+            print(f"{side}: {seconds:.1f} s, {peak} MiB", file=sys.stderr)
+            taken[side].append(seconds)
+            peaks[side] = max(peaks[side], peak)
+    median = {side: statistics.median(values) for side, values in taken.items()}
+    masks = {side: np.asanyarray(nibabel.load(folder / side / "p0.nii.gz").dataobj) for side in SIDES}  # pyright: ignore
+    masks["truth"] = np.asanyarray(nibabel.load(volume / "masks" / "p0.nii.gz").dataobj)  # pyright: ignore
+    return {
+        "shape": f"512x512x{slices}",
+        **{f"{side}_seconds": round(value, 1) for side, value in median.items()},
+        **{f"times_{side}": round(median[side] / median["anysite"], 2) for side in SIDES[1:]},
+        **{f"{side}_peak_memory_mib": peak for side, peak in peaks.items()},
+        **{
+            f"dice_with_{other}": [
+                round(dice(masks["anysite"] == k, masks[other] == k), 4) for k in (1, 2, 3)
+            ]
+            for other in (*SIDES[1:], "truth")
+        },
+        "training_steps": steps,
+        "rounds": rounds,
+    }
+
+
+def dice(one: np.ndarray, other: np.ndarray) -> float:
+    """Return what two masks share."""
+    return 2 * float((one & other).sum()) / max(1, int(one.sum()) + int(other.sum()))
+
+
+def main() -> None:
+    """Print the row, and write it as JSON; with --side predict in this process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--slices", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--side", choices=SIDES[1:], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="keep volumes and run here, and use them again")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    threads = compute.use_threads()
+    if arguments.side:
+        way = {"nnunet": predict_nnunet, "monai": predict_monai}[arguments.side]
+        image = arguments.folder / f"volume_{arguments.slices}" / "images" / "p0.nii.gz"
+        way(runs.open_run(arguments.folder / "run"), image, arguments.folder / arguments.side)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        row = compare(arguments.folder or Path(name), arguments.slices, arguments.rounds, arguments.steps)
+    row |= {
+        "threads": threads, "precision": compute.choose_precision("auto"), "python": platform.python_version(),
+        "commit": runs.commit(),
+    }  # fmt: skip
+    print(json.dumps(row, indent=1))
+    if arguments.output:
+        atomic.write_json(arguments.output, row)
+
+
+if __name__ == "__main__":
+    main()
