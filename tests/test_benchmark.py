@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 from collections import Counter
@@ -33,6 +34,7 @@ TINY = [*SMALL, "train.steps=2", "train.validation_cases=0"]
 FIELDS = {
     *("dataset", "method", "adapt", "seed", "train_domains", "domain", "split", "patient", "case", "class"),
     *("metric", "value", "unit", "corruption", "severity", "labels", "commit", "config", "overrides", "job"),
+    "data",
 }
 COSTS = ["train_seconds", "train_steps", "predict_seconds_per_case", "peak_memory"]
 
@@ -335,6 +337,37 @@ def test_rows_of_another_training_of_the_same_job_do_not_stay(
     benchmarking._append(output, JobOutcome(job, anew))
     assert not any(row["metric"] == "dice" for row in read_rows(output))
     assert unfinished([jobs[0]], output) == [jobs[0]]
+
+
+def test_a_job_is_done_again_where_its_labels_or_images_changed(
+    jobs: list[Job], finished: tuple[Path, list[JobOutcome]], phantom_folder: Path, tmp_path: Path
+) -> None:
+    folder, output = tmp_path / "elsewhere", tmp_path / "rows.jsonl"
+    shutil.copytree(phantom_folder, folder)
+    shutil.copy(finished[0], output)
+
+    def listed() -> list[Job]:
+        return list_jobs(open_dataset(folder), folder, ["baseline"], [0], "leave-one-out", TINY)
+
+    moved = [replace(job, dataset=jobs[0].dataset) for job in listed()]
+    assert [job.data for job in moved] == [job.data for job in jobs]
+    assert [job.key for job in unfinished(moved, output)] == [jobs[1].key]
+    assert benchmarking.count_outdated(moved, output) == 0
+    case = open_dataset(folder).cases[0]
+    assert case.label_path is not None
+    Image.fromarray(255 - np.asarray(Image.open(case.label_path))).save(case.label_path)
+    mended = [
+        replace(job, dataset=jobs[0].dataset, data=listed_job.data)
+        for job, listed_job in zip(jobs, listed(), strict=True)
+    ]
+    assert unfinished(mended, output) == mended
+    assert benchmarking.count_outdated(mended, output) == 2
+    unsaid = [{k: v for k, v in row.items() if k != "data"} for row in read_rows(output)]
+    write_rows(output, unsaid)  # as written before rows named their data
+    assert unfinished(mended, output) == [mended[1]]
+    before = listed()[0].data
+    case.image_paths[0].write_bytes(case.image_paths[0].read_bytes() + b"1")
+    assert listed()[0].data != before
 
 
 def test_every_metric_of_every_adapter_has_to_be_there(jobs: list[Job]) -> None:

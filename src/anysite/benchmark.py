@@ -16,6 +16,7 @@ from anysite.calibration import CALIBRATION_METRICS
 from anysite.config import choose_adapter
 from anysite.corrupt import CORRUPTIONS, fingerprint
 from anysite.data.case import Dataset
+from anysite.data.content import digest_content
 from anysite.data.layouts import open_dataset
 from anysite.errors import (
     AnysiteError,
@@ -120,10 +121,11 @@ def list_jobs(
         raise ConfigError(
             f"only the site {', '.join(domains)!r}", where=dataset.name, fix="use --protocol pooled"
         )
+    data = digest_content(dataset)
     return [
         Job(str(dataset_path), dataset.name, method, tuple(overrides), seed, out,
             tuple(d for d in domains if d not in out), budget_s, tuple(metrics), count,
-            corruptions, tuple(severities), named, tuple(adapters), members)
+            corruptions, tuple(severities), named, tuple(adapters), members, data)
         for seed in seeds for count in labels for out in left_out for method in methods
     ]  # fmt: skip
 
@@ -215,11 +217,26 @@ def _run_trusting(plugins: Sequence[str], job: Job, threads: int, keep_runs: Pat
 
 
 def unfinished(jobs: Sequence[Job], output: Path) -> list[Job]:
-    """Return the jobs of which a metric or the costs, which come last, are not in the file `output` yet."""
+    """Return the jobs of which a metric or the costs, which come last, are not in the file `output` yet.
+
+    Rows of other data than are there now do not count; those that do not say of which data they are do.
+    """
     found: dict[tuple[Any, ...], set[tuple[Any, ...]]] = defaultdict(set)
     for row in read_rows(output) if output.is_file() else []:
-        found[_key_of(row)].add(topic_of(row))
-    return [job for job in jobs if not any(job.topics <= found.get(key, set()) for key in job.keys)]
+        found[*_key_of(row), row.get("data", "")].add(topic_of(row))
+    return [
+        job
+        for job in jobs
+        if not any(job.topics <= found[*key, job.data] | found[*key, ""] for key in job.keys)
+    ]
+
+
+def count_outdated(jobs: Sequence[Job], output: Path) -> int:
+    """Return of how many jobs `output` has rows of other data than are there now, by labels and sizes of images."""
+    found = {(*_key_of(row), row.get("data", "")) for row in (read_rows(output) if output.is_file() else [])}
+    return sum(
+        any((*key,) in job.keys and data not in ("", job.data) for *key, data in found) for job in jobs
+    )
 
 
 def count_others(jobs: Sequence[Job], output: Path) -> int:
@@ -241,10 +258,11 @@ def run_job(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
     folder = Path(tempfile.mkdtemp(prefix="anysite-")) if keep_runs is None else Path(keep_runs)
     try:
         if keep_runs is not None:  # a kept run of other settings must not be taken for this job's
-            parts = (job.dataset, job.name, job.seed, *job.test_domains, job.labels or "all", job.digest)
+            count = job.labels or "all"
+            parts = job.dataset, job.name, job.seed, *job.test_domains, count, job.digest, job.data
             folder /= "-".join(str(part).replace("/", "_") for part in parts)
         rows = score_job(job, _open(job), folder, threads)
-        return JobOutcome(job, rows)
+        return JobOutcome(job, [{**row, "data": job.data} for row in rows])
     except InterruptedTraining:
         raise
     except AnysiteError as error:

@@ -35,6 +35,7 @@ class Job:
         others: Name and path of other datasets, whose images are judged.
         adapt: With which adapters all images are scored, "none" for none.
         members: Networks whose probabilities are averaged, trained on the same split.
+        data: Digest of the dataset's labels and the sizes of its images; empty where nobody asks.
     """
 
     dataset_path: str
@@ -52,6 +53,7 @@ class Job:
     others: tuple[tuple[str, str], ...] = ()
     adapt: tuple[str, ...] = (NO_ADAPTER,)
     members: int = 1
+    data: str = ""
 
     @property
     def name(self) -> str:

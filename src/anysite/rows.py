@@ -22,7 +22,7 @@ Row = dict[str, Any]
 # What all rows of a run's images of one kind say alike, and the name of a line that says it for those below.
 OF_A_RUN = (
     "dataset", "method", "adapt", "seed", "train_domains", "corruption", "severity", "corruption_version", "labels",
-    "commit", "config", "overrides", "job",
+    "commit", "config", "overrides", "job", "data",
 )  # fmt: skip
 SHARED = "shared"
 

@@ -1,0 +1,33 @@
+"""Whether a dataset is still what it was: a digest of its labels and the sizes of its images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from anysite import atomic
+from anysite.data.case import Dataset
+from anysite.data.dicom_members import split_choice
+
+
+def digest_content(dataset: Dataset) -> str:
+    """Return what changes with any case's name, site, patient or label, and with the size of its image.
+
+    Labels are read whole, since they are small and get mended. Of images the size alone counts, so that it takes
+    seconds. Of a folder its files count, of what does not lie there nothing, and where all of it lies does not matter.
+    """
+    digest = hashlib.sha256()
+    for case in dataset.cases:
+        told = [case.domain, case.patient, case.id]
+        told += [str(path.stat().st_size) for image in case.image_paths for path in _files_of(image)]
+        if case.label_path is not None:
+            told += ["label", *map(atomic.sha256, _files_of(case.label_path))]
+        digest.update("\0".join([*told, "\n"]).encode())
+    return digest.hexdigest()[:12]
+
+
+def _files_of(path: Path) -> Iterator[Path]:
+    """Yield a file, or the files in a folder of slices."""
+    base, _ = split_choice(path)
+    yield from sorted(inner for inner in ([base] if base.is_file() else base.glob("*")) if inner.is_file())
