@@ -245,7 +245,7 @@ def _choose_dimension(
             )
         return 2, 0
     if settings.dimension == "auto":
-        chosen = "2.5d" if anisotropic and settings.context_slices else "2d" if anisotropic else "3d"
+        chosen = "2d" if anisotropic else "3d"
         reasons.append(f"{chosen}: {'thick slices' if anisotropic else 'nearly isotropic volumes'}")
     else:
         chosen = settings.dimension

@@ -46,7 +46,7 @@ class PlanSettings(Settings):
     max_patch_voxels: int | None = Field(
         default=None, gt=0, description="upper limit for a chosen patch size; none: 2^16 in 2-D, 2^18 in 3-D"
     )
-    context_slices: int = Field(default=1, ge=0, description="neighbours on each side, as channels, for 2.5d")
+    context_slices: int = Field(default=1, ge=0, description="neighbours on each side, as channels, of 2.5d")
     normalisation: Literal["auto", "case", "dataset", "none"] = "auto"
 
     @field_validator("spacing", "patch_size")
