@@ -449,6 +449,19 @@ def test_an_outer_slice_cut_to_nothing_is_not_overlooked(tmp_path):
         assert f"{path.name}: a file of {path.stat().st_size} bytes" in refusal(folder)
 
 
+def test_a_slice_of_zeros_or_without_its_preamble_is_not_overlooked(tmp_path):
+    folder = write(series(voxels()), tmp_path / "study")
+    path = sorted(folder.iterdir())[-1]
+    content = path.read_bytes()
+    path.write_bytes(b"\0" * len(content))
+    assert f"{path.name}: a file that begins with nothing but zeros" in refusal(folder)
+    path.write_bytes(content[132:])
+    assert f"{path.name}: a DICOM file without its preamble" in refusal(folder)
+    path.write_bytes(content)
+    (folder / "README").write_text("words " * 50)
+    assert files.read(folder).shape == (10, 8, 6)
+
+
 def test_garbage_and_deep_nesting_are_refused(tmp_path):
     rng = random.Random(0)
     content = bytearray(write_file(series(voxels((1, 8, 10)))[0], tmp_path / "whole.dcm").read_bytes())

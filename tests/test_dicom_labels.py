@@ -290,6 +290,23 @@ def test_contours_are_filled_where_voxel_centres_lie_inside_and_holes_are_left(c
     assert set(np.unique(found)) == {0, 4, 7}
 
 
+def test_a_contour_drawn_twice_counts_once_and_crossing_ones_are_refused(case):
+    outer, hole, island = circle((4.6, 4.2), 3.3), circle((4.6, 4.2), 2.2), circle((4.6, 4.2), 1.1)
+    once = read_changed(structure_set(case, (1, 3, outer)), case).array
+    assert once.any()
+    twice = structure_set(case, (1, 3, outer), (1, 3, outer))
+    np.testing.assert_array_equal(read_changed(twice, case).array, once)
+    nested = read_changed(structure_set(case, (1, 3, island), (1, 3, hole), (1, 3, outer)), case).array
+    expected = fill_polygon(outer, (10, 8)) & ~fill_polygon(hole, (10, 8)) | fill_polygon(island, (10, 8))
+    np.testing.assert_array_equal(nested[0, ..., 3] > 0, expected)
+    crossing = (1, 3, circle((3.4, 4), 2.45)), (1, 3, circle((5.6, 4), 2.45))
+    with pytest.raises(LabelError, match="contours of region 1 that cross"):
+        read_changed(structure_set(case, *crossing), case)
+    exclusive = structure_set(case, *crossing, ContourGeometricType="CLOSEDPLANAR_XOR")
+    both = [fill_polygon(points, (10, 8)) for _, _, points in crossing]
+    np.testing.assert_array_equal(read_changed(exclusive, case).array[0, ..., 3] > 0, both[0] ^ both[1])
+
+
 def test_polygons_that_share_an_edge_share_no_voxel():
     left = np.array([[0, 0], [4, 0], [4, 6], [0, 6]], float)
     one, two = fill_polygon(left, (12, 8)), fill_polygon(left + [4, 0], (12, 8))

@@ -227,6 +227,11 @@ UNNAMED = ["background", "class_1", "class_2"]
         ({"classes": UNNAMED[:2]}, {}, ""),
         ({"classes": [*UNNAMED, "class_3"]}, {}, r"4 classes \(.*\); expected at most the 3 of made-up"),
         ({"classes": [*CLASSES, "vessel"]}, {"classes": tuple(UNNAMED)}, "4 classes"),
+        (
+            {"classes": ["background", "tumour"], "label_values": [0, 2]},
+            {"classes": tuple(UNNAMED)},
+            "masks of the label values 0, 2; expected 0, 1, 2",
+        ),
         ({"classes": UNNAMED, **WHOLE}, {"classes": tuple(UNNAMED), **WHOLE}, ""),
         ({"classes": UNNAMED, **WHOLE}, {"classes": tuple(CLASSES)}, r"masks of whole \(1\+2\), core \(2\);"),
         (

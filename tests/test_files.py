@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from pathlib import Path
 
 import nibabel
@@ -165,7 +166,7 @@ def test_picture_modes(tmp_path):
     palette = Image.fromarray(grey, "L").convert("P")
     palette.putpalette(list(range(255, -1, -1)) * 3)
     greys = Image.fromarray(grey, "L").convert("P")
-    greys.putpalette([level for level in range(255, -1, -1) for _ in range(3)])
+    greys.putpalette([level for level in range(0, 256, 5) for _ in range(3)])
     saved = {
         "rgba.png": (Image.fromarray(rgba), np.moveaxis(rgba[..., :3], -1, 0)),
         "rgb.tif": (Image.fromarray(rgba[..., :3]), np.moveaxis(rgba[..., :3], -1, 0)),
@@ -183,6 +184,78 @@ def test_picture_modes(tmp_path):
         np.testing.assert_array_equal(files.read(tmp_path / name).array, expected, err_msg=name)
     for name in ("palette.png", "palette.tif", "palette_of_greys.png"):
         np.testing.assert_array_equal(files.read_label(tmp_path / name).array, grey[None], err_msg=name)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_label_whose_palette_begins_with_white_is_refused(tmp_path, suffix):
+    """As Pillow makes it of a black and white mask: the background would become the object."""
+    mask = np.zeros((8, 8), np.uint8)
+    mask[2:4, 2:5] = 255
+    path = tmp_path / f"a.{suffix}"
+    for pixels in (mask, 255 - 255 * (mask == 1)):
+        image = Image.fromarray((pixels == 0).astype(np.uint8), "P")
+        image.putpalette([255] * 3 + [0] * 3)
+        image.save(path)
+        with pytest.raises(FileFormatError, match="palette shows as the greys"):
+            files.read_label(path)
+    image = Image.fromarray((mask > 0).astype(np.uint8), "P")
+    image.putpalette([0] * 3 + [255] * 3)
+    image.save(path)
+    np.testing.assert_array_equal(files.read_label(path).array[0], mask > 0)
+
+
+def write_as_lzw(path: Path, array: np.ndarray, **more) -> None:
+    """Write a TIFF that says it is LZW, which tifffile cannot decode by itself; its voxels are not."""
+    tifffile.imwrite(path, array, compression="deflate", **more)
+    said = struct.pack("<HHIHH", 259, 3, 1, 32946, 0)
+    assert said in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(said, struct.pack("<HHIHH", 259, 3, 1, 5, 0)))
+
+
+@pytest.mark.parametrize("compression", [None, "deflate"])
+def test_tiff_in_which_0_is_white_is_turned_as_an_image_and_refused_as_a_label(tmp_path, compression):
+    grey = np.random.default_rng(0).integers(0, 255, (5, 6)).astype(np.uint8)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, 255 - grey, photometric="miniswhite", compression=compression)
+    np.testing.assert_array_equal(files.read(path).array[0], grey)
+    with pytest.raises(FileFormatError, match="0 stands for white"):
+        files.read_label(path)
+    tifffile.imwrite(path, grey.astype(np.uint16) * 9, photometric="miniswhite", compression=compression)
+    np.testing.assert_array_equal(files.read(path).array[0], 65535 - grey.astype(np.uint16) * 9)
+    write_as_lzw(path, grey.astype(np.uint16), photometric="miniswhite")
+    with pytest.raises(FileFormatError, match="16-bit values in a compression"):
+        files.read(path)
+    mask = grey > 100
+    for kind in ("raw", "group4"):
+        Image.fromarray(mask).save(path, compression=kind, tiffinfo={262: 0})
+        np.testing.assert_array_equal(files.read_label(path).array[0] > 0, mask, err_msg=kind)
+
+
+def test_no_band_of_a_tiff_is_lost(tmp_path):
+    bands = np.random.default_rng(0).integers(0, 4088, (5, 6, 5)).astype(np.uint16)
+    path = tmp_path / "a.tif"
+    for count, extra in ((5, ["unspecified"] * 2), (4, ["unspecified"]), (4, ["unassalpha"])):
+        tifffile.imwrite(path, bands[..., :count], photometric="rgb", extrasamples=extra)
+        kept = 3 if extra == ["unassalpha"] else count
+        np.testing.assert_array_equal(files.read(path).array, np.moveaxis(bands[..., :kept], -1, 0))
+    tifffile.imwrite(
+        path, bands[..., :2], photometric="minisblack", extrasamples=["unspecified"], planarconfig="contig"
+    )
+    np.testing.assert_array_equal(files.read(path).array, np.moveaxis(bands[..., :2], -1, 0))
+    write_as_lzw(path, bands[..., :3], photometric="rgb")
+    with pytest.raises(FileFormatError, match="16-bit values in a compression that would be cut"):
+        files.read(path)
+
+
+def test_a_qform_whose_handedness_is_left_out_is_read(tmp_path):
+    image = nibabel.Nifti1Image(np.zeros((3, 4, 5), np.uint8), np.diag([1, 2, 3, 1]))
+    image.set_qform(np.diag([1, 2, 3, 1]), code=1)
+    image.set_sform(None, code=0)
+    nibabel.save(image, tmp_path / "a.nii")
+    content = bytearray((tmp_path / "a.nii").read_bytes())
+    content[76:80] = b"\0" * 4  # pixdim[0]
+    (tmp_path / "a.nii").write_bytes(content)
+    assert files.read(tmp_path / "a.nii").spacing == pytest.approx((1, 2, 3))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

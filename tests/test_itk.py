@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from pathlib import Path
 
 import nibabel
@@ -74,6 +75,19 @@ def test_a_mask_keeps_every_voxel_and_the_place(tmp_path, suffix, classes):
     nibabel.Nifti1Image(volume.array[0], volume.affine).to_filename(tmp_path / "image.nii")
     files.write_label(volume, other, image_path=tmp_path / "image.nii")
     assert files.read_label(other).same_grid(volume)
+
+
+@pytest.mark.parametrize("stated", [b"", b"CompressedDataSize = 0\n", b"CompressedDataSize = 20\n"])
+def test_compressed_voxels_of_no_stated_length_are_refused(tmp_path, stated):
+    """ITK only warns, and returns memory as it found it."""
+    path = tmp_path / "a.mha"
+    array = np.random.default_rng(0).integers(0, 3, (4, 5, 6)).astype(np.uint8)
+    SimpleITK.WriteImage(sitk_image(array), str(path), useCompression=True)
+    whole = path.read_bytes()
+    path.write_bytes(re.sub(rb"CompressedDataSize = \d+\n", stated, whole))
+    assert path.read_bytes() != whole
+    with pytest.raises(FileFormatError, match=r"CompressedDataSize (none|0|20); expected \d+"):
+        files.read(path)
 
 
 @pytest.mark.parametrize("compressed", [True, False])

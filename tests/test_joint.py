@@ -465,6 +465,26 @@ def test_a_patient_in_two_datasets_is_one_person(tmp_path: Path) -> None:
     assert not trained & held_out
 
 
+def test_people_are_one_by_way_of_others(tmp_path: Path) -> None:
+    """One list knows that two scans are one person's; the other takes every scan for a person."""
+    write_volumes(tmp_path / "scans", {"a": 4}, declared={"ventricle": 1, "muscle": 2})
+    paired = tmp_path / "paired"
+    paired.mkdir()
+    lines = [
+        f"p{number},a{number // 2},x,{case.image_paths[0].resolve()},{case.label_path}"
+        for number, case in enumerate(open_dataset(tmp_path / "scans").cases)
+    ]
+    (paired / "index.csv").write_text("case,patient,domain,image,label\n" + "\n".join(lines) + "\n")
+    (paired / "dataset.json").write_text('{"labels": {"background": 0, "ventricle": 1, "muscle": 2}}')
+    for order in (("scans", "paired"), ("paired", "scans")):
+        joined = open_dataset(write_list(tmp_path / "all.json", {name: {"path": name} for name in order}))
+        people: dict[str, set[str]] = {}
+        for case in joined.cases:
+            people.setdefault(str(case.image_paths[0].resolve()), set()).add(case.patient)
+        assert all(len(names) == 1 for names in people.values())
+        assert len({name for names in people.values() for name in names}) == 2
+
+
 def test_masks_of_other_programs_hold_the_values_of_their_dataset(organs: Path, tmp_path: Path) -> None:
     dataset, folder = open_dataset(organs), tmp_path / "others"
     folder.mkdir()

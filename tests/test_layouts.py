@@ -407,6 +407,60 @@ def test_bids(bids):
     assert open_dataset(bids).domains == ("study",)
 
 
+def test_every_bids_subject_needs_a_site_where_others_have_one(bids):
+    table = bids / "participants.tsv"
+    table.write_text("participant_id\tsite\n01\tX\n02\tY\n")
+    assert set(open_dataset(bids).domains) == {"X", "Y"}
+    table.write_text("participant_id\tsite\nsub-01\tX\n")
+    with pytest.raises(DataError, match="no row for sub-02"):
+        open_dataset(bids)
+
+
+def test_columns_that_tell_people_or_places_are_not_overlooked(tmp_path):
+    image = Image.fromarray(np.zeros((4, 4), np.uint8))
+    image.save(tmp_path / "a.png")
+    table = tmp_path / "index.csv"
+    table.write_text("Case,Patient ID,Site-Name,Image,Label\na,p,lyon,a.png,a.png\n")
+    (case,) = find_cases(tmp_path).cases
+    assert (case.patient, case.domain) == ("p", "lyon")
+    for column, meant in (("Patient number", "patient"), ("treating hospital", "domain")):
+        table.write_text(f"case,{column},image\na,p,a.png\n")
+        with pytest.raises(DataError, match=f"which may tell the {meant}"):
+            find_cases(tmp_path)
+    table.write_text("case,patient,patient_age,image\na,p,61,a.png\n")
+    assert find_cases(tmp_path).cases[0].patient == "p"
+
+
+def test_a_list_that_names_patients_counts_more_than_the_folders_beside_it(tmp_path):
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / folder).mkdir()
+    entries = []
+    for number in range(4):
+        for path in (tmp_path / f"imagesTr/s{number}_0000.png", tmp_path / f"labelsTr/s{number}.png"):
+            Image.fromarray(np.full((4, 4), number % 2, np.uint8)).save(path)
+        entries.append({"image": f"imagesTr/s{number}_0000.png", "label": f"labelsTr/s{number}.png"})
+    facts = {
+        "channel_names": {"0": "grey"},
+        "labels": {"background": 0, "thing": 1},
+        "numTraining": 4,
+        "file_ending": ".png",
+    }
+    listed = tmp_path / "dataset.json"
+    listed.write_text(json.dumps(facts | {"training": entries}))
+    assert len({case.patient for case in open_dataset(tmp_path).cases}) == 4
+    people = [entry | {"patient": str(n // 2), "site": "x"} for n, entry in enumerate(entries)]
+    listed.write_text(json.dumps(facts | {"training": people[:3], "validation": people[3:]}))
+    dataset = open_dataset(tmp_path)
+    assert [case.patient for case in dataset.cases] == ["0", "0", "1", "1"]
+    assert [case.held_out for case in dataset.cases] == [False, False, False, True]
+
+
+def test_masks_with_smoothed_edges_are_not_taken_for_255_classes():
+    with pytest.raises(LabelError, match="no declared classes"):
+        infer_classes(range(256))
+    assert len(infer_classes(range(118))[0]) == 118
+
+
 def test_bids_faults(bids):
     twin = bids / "derivatives/automatic/sub-01/ses-pre/anat/sub-01_ses-pre_dseg.png"
     save(twin, 0, 1)

@@ -134,6 +134,17 @@ def test_the_slice_axis_is_found_by_spacing_or_shape(
     assert any(reason in text for text in learned.reasons)
 
 
+def test_a_label_lies_on_the_grid_of_its_image_however_its_own_place_is_rounded() -> None:
+    image = Volume(np.zeros((1, 6, 6, 61), np.float32), np.diag([1, 1, 1.50000006, 1]))
+    label = Volume(np.zeros((1, 6, 6, 61), np.uint8), np.diag([1, 1, 1.49999999, 1]))
+    assert label.same_grid(image)
+    chosen = Plan(
+        dimension=3, image_dimension=3, axes="RAS", spacing=(1.0, 1.0, 1.0), unit="mm", channels=1,
+        normalisation=(Normalisation(),), patch_size=(4, 4, 4), classes=("background", "a"), label_values=(0, 1),
+    )  # fmt: skip
+    assert chosen.label_to_grid(label, image).shape == chosen.to_grid(image).shape[1:]
+
+
 @pytest.mark.parametrize(
     ("changes", "dimension", "channels"),
     [

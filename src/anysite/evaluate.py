@@ -342,6 +342,13 @@ def _require_same_classes(manifest: dict[str, Any], dataset: Dataset, folder: Pa
                 expected=f"at most the {len(dataset.classes)} of {dataset.name} ({', '.join(dataset.classes)})",
                 fix="score on a dataset of the same classes",
             )
+        values = tuple(plan.get("label_values", ()))
+        if len(classes) < len(dataset.classes) and values != dataset.label_values[: len(values)]:
+            raise DataError(
+                f"masks of the label values {', '.join(map(str, values))}", where=folder,
+                expected=f"{', '.join(map(str, dataset.label_values))} as in {dataset.name}",
+                fix="declare the dataset's classes in dataset.json beside the data",
+            )  # fmt: skip
         return
     found = _list_targets(classes, regions, plan.get("regions", []))
     expected = _list_targets(dataset.classes, dataset.region_names, dataset.regions)

@@ -157,6 +157,8 @@ class Plan(BaseModel):
 
     def label_to_grid(self, label: Volume, image: Volume) -> Integer[Tensor, "*s"]:
         """Return a label map of class indices on the plan's grid for its image; for training only."""
+        if label.same_grid(image):  # of a place that is rounded otherwise the grid might have another size
+            label = image.with_array(label.array)
         array = label.oriented(self.axes).resampled(self.variant_of(image).spacing, "label").array[0]
         return torch.from_numpy(
             np.ascontiguousarray(array.astype(np.uint8 if len(self.classes) < 256 else np.int16))

@@ -49,6 +49,12 @@ def find_cases(folder: Path, default_domain: str) -> list[Case]:
             )
     labels = _find_labels(folder, images.keys())
     sites = _read_sites(folder / "participants.tsv")
+    unknown = sorted({entities[0] for entities in images} - sites.keys()) if sites else []
+    if unknown:
+        raise DataError(
+            f"no row for {', '.join(unknown[:5])}", where=folder / "participants.tsv",
+            expected="a site for every subject, since others have one", fix="add the rows",
+        )  # fmt: skip
     return [
         Case(
             "_".join(entities),
@@ -126,7 +132,11 @@ def _read_sites(path: Path) -> dict[str, str]:
         raise DataError(
             f"no {column} for {', '.join(missing[:5])}", where=path, fix="fill it in or drop the column"
         )
-    return {row["participant_id"]: row[column] for row in rows if "participant_id" in row}
+    return {
+        f"sub-{row['participant_id'].removeprefix('sub-')}": row[column]
+        for row in rows
+        if row.get("participant_id")
+    }
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:

@@ -111,6 +111,9 @@ def _single(value: int | str | list[int]) -> bool:
     return isinstance(value, int) or (isinstance(value, list) and len(value) == 1)
 
 
+MOST_INFERRED = 127  # a mask with smoothed edges has every grey value up to 255
+
+
 def infer_classes(values: Collection[int], where: object = "") -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Name the classes that label `values` stand for: (classes, label values), 0 being the background.
 
@@ -127,14 +130,14 @@ def infer_classes(values: Collection[int], where: object = "") -> tuple[tuple[st
     found, highest = sorted(values), max(values)
     if found == [0, 255]:
         return ("background", "foreground"), (0, 255)
-    # Class indices leave few gaps; grey values, instance numbers and colours leave many.
-    if 1 <= highest <= 255 and len({0, *found}) > (highest + 1) / 2:
+    # Class indices leave few gaps; grey values, instance numbers and colours leave many, or fill a byte.
+    if 1 <= highest <= MOST_INFERRED and len({0, *found}) > (highest + 1) / 2:
         return ("background", *(f"class_{i}" for i in range(1, highest + 1))), tuple(range(highest + 1))
     listing = ", ".join(map(str, found[:20])) + (f", ... ({len(found)} values)" if len(found) > 20 else "")
     raise LabelError(
         f"label values {listing}, and no declared classes",
         where=where,
-        expected="0 and 255, or class indices 0, 1, 2, ... with few gaps",
+        expected=f"0 and 255, or class indices 0, 1, 2, ... to {MOST_INFERRED} at most with few gaps",
         fix='declare them in dataset.json beside the data: "labels": {"background": 0, "name": value}',
     )
 

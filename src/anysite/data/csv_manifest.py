@@ -14,10 +14,27 @@ from anysite.errors import DataError
 # What other programs call the columns of a manifest: GaNDLF, BIDS, and common usage.
 COLUMN_NAMES = {
     "case": ("subjectid", "case_id", "caseid"),
-    "patient": ("patient_id", "patientid", "participant_id", "subject", "subject_id"),
-    "domain": ("site", "center", "centre", "hospital"),
+    "patient": (
+        "patient_id",
+        "patientid",
+        "patient_name",
+        "participant_id",
+        "participant",
+        "subject",
+        "subject_id",
+    ),
+    "domain": (
+        "site",
+        "center",
+        "centre",
+        "hospital",
+        "institution",
+        *(f"{place}_{what}" for place in ("site", "center", "centre", "hospital") for what in ("name", "id")),
+    ),
     "label": ("mask", "segmentation", "ground_truth"),
 }
+# What a column of people or places is called: one that went unnoticed would let a patient into training and test.
+TELLING = {"patient": r"patient|subject|participant", "domain": r"site|cent(er|re)|hospital|institution"}
 
 
 def read_manifest(path: Path) -> list[Case]:
@@ -35,6 +52,13 @@ def read_manifest(path: Path) -> list[Case]:
                 where=path,
                 expected="the columns case and image; patient, domain, label, image_1, ... and task if known",
             )
+    for column, telling in TELLING.items():
+        alike = [name for name in columns if re.search(telling, name) and name not in TELLING]
+        if alike and column not in columns:
+            raise DataError(
+                f"the column {alike[0]!r}, which may tell the {column}", where=path, expected=column,
+                fix=f"name it {column} if it is that, else give it a name that does not hint at it",
+            )  # fmt: skip
     more = sorted((c for c in columns if re.fullmatch(r"image_\d+", c)), key=lambda c: int(c[6:]))
     if more != [f"image_{i}" for i in range(1, len(more) + 1)]:
         raise DataError(
@@ -87,7 +111,9 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
     rows = []
     try:
         table = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True)
-        columns = _standard_names([column.strip().lower() for column in table.fieldnames or []])
+        columns = _standard_names(
+            [re.sub(r"[\s-]+", "_", column.strip().lower()) for column in table.fieldnames or []]
+        )
         table.fieldnames = columns
         for row in table:
             if None in row:

@@ -35,6 +35,24 @@ def is_datalist(path: Path) -> bool:
     return isinstance(content, dict) and isinstance(content.get("training"), list)
 
 
+def tells_of_people(path: Path) -> bool:
+    """Tell whether a datalist names patients or sites, or labelled cases to hold out."""
+    if not is_datalist(path):
+        return False
+    content = atomic.read_json(path)
+    own = {
+        str(choice)
+        for name in ("patient", "domain")
+        if isinstance(alias := ListedImage.model_fields[name].validation_alias, AliasChoices)
+        for choice in alias.choices
+    }
+    held_out = content.get("validation")
+    labelled = isinstance(held_out, list) and any(
+        isinstance(entry, dict) and entry.get("label") for entry in held_out
+    )
+    return labelled or any(isinstance(entry, dict) and own & entry.keys() for entry in content["training"])
+
+
 def read_datalist(path: Path, default_domain: str) -> list[Case]:
     """Return the training cases and those for validation, which are held out; paths are relative to the file.
 

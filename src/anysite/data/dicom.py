@@ -112,11 +112,11 @@ def list_series(path: Path) -> list[int]:
 
 def is_picture(path: Path) -> bool:
     """Tell whether the images have no place in a patient; False where nothing can be read."""
-    base, _ = split_choice(path)
+    base, choice = split_choice(path)
     try:
         with guarded(base), opened(base) as members:
-            header = read_dataset(members, min(members, default=""), base, stop_before_pixels=True)
-            return not _is_placed(header)
+            series = choose_series(read_headers(members, base), choice, base)
+            return not any(_is_placed(instance.header) for instance in series.instances)
     except DataError:
         return False
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from functools import reduce
 
 import numpy as np
 from pydicom.dataset import Dataset
@@ -13,7 +15,8 @@ from anysite.data.volume import Volume
 from anysite.errors import FileFormatError, GeometryError, LabelError
 
 OFF_SLICE = 0.1  # in slices: how far rounded points may lie beside one
-CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
+CLOSED, EXCLUSIVE = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR"), "CLOSEDPLANAR_XOR"
+ROUGH = 2, 0.1  # voxels, or share of a contour, by which it may reach over another
 
 
 def draw_contours(
@@ -21,8 +24,8 @@ def draw_contours(
 ) -> np.ndarray:
     """Return the numbers of regions of interest `(*S)`: voxels whose centre lies inside a region.
 
-    A point is inside where a line to it crosses an odd number of the region's contours on its slice, so that a
-    contour within another is a hole. Points mark nothing.
+    A contour within another of its region is a hole, and one drawn twice is one; those of the kind CLOSEDPLANAR_XOR
+    enclose what lies within an odd number of them. Points mark nothing.
 
     Args:
         choice: Regions to draw; all where it is empty.
@@ -31,7 +34,7 @@ def draw_contours(
     Raises:
         FileFormatError: contours that are no points in space.
         GeometryError: contours off the image's slices or beyond the image, or drawn on other images.
-        LabelError: no such region, open contours, or regions that overlap.
+        LabelError: no such region, open contours, contours that cross, or regions that overlap.
     """
     if grid.dimension != 3:
         raise GeometryError("contours for a picture", expected="an image with a place in the patient")
@@ -69,7 +72,8 @@ def _fill_region(
     shape: tuple[int, ...],
     images: Collection[str] | None,
 ) -> np.ndarray:
-    inside = np.zeros(shape, bool)
+    drawn: dict[int, list[np.ndarray]] = defaultdict(list)
+    exclusive: set[int] = set()
     for contour in contours:
         kind = str(contour.get("ContourGeometricType") or "")
         if kind == "POINT":
@@ -102,7 +106,39 @@ def _fill_region(
                 expected="contours within the image",
                 fix="choose the image that it was drawn on",
             )
-        inside[:, :, int(place)] ^= fill_polygon(points[:, :2], (shape[0], shape[1]))
+        if kind == EXCLUSIVE:
+            exclusive.add(int(place))
+        drawn[int(place)].append(fill_polygon(points[:, :2], (shape[0], shape[1])))
+    inside = np.zeros(shape, bool)
+    for place, outlines in drawn.items():
+        inside[:, :, place] = (
+            reduce(np.logical_xor, outlines) if place in exclusive else _unite(outlines, number)
+        )
+    return inside
+
+
+def _unite(outlines: Sequence[np.ndarray], number: int) -> np.ndarray:
+    """Return what the contours of one region on one slice enclose.
+
+    One within another is a hole, and one drawn twice is one.
+
+    Raises:
+        LabelError: contours that cross, of which nobody knows what is meant.
+    """
+    inside = np.zeros_like(outlines[0])
+    done: list[np.ndarray] = []
+    for outline in sorted(outlines, key=lambda one: -int(one.sum())):
+        if any(np.array_equal(outline, other) for other in done):
+            continue
+        done.append(outline)
+        within, everything = np.count_nonzero(outline & inside), np.count_nonzero(outline)
+        if min(within, everything - within) > max(ROUGH[0], ROUGH[1] * everything):
+            raise LabelError(
+                f"contours of region {number} that cross each other",
+                expected="contours apart from each other, or one within another",
+                fix="unite them where they were drawn",
+            )
+        inside = inside & ~outline if 2 * within > everything else inside | outline
     return inside
 
 

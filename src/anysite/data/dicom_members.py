@@ -143,15 +143,28 @@ def _members_of(folder: Path) -> Members:
     members = {name: partial(path.open, "rb") for name, path in listed.items() if _belongs(path)}
     for name, path in listed.items():
         # Without its first or last slice a series would look whole.
-        if members and not path.suffix and name not in members and path.stat().st_size < MAGIC_END:
+        if members and not path.suffix and name not in members and (fault := _find_damage(path)):
             everything = {other: partial(file.open, "rb") for other, file in listed.items()}
             raise FileFormatError(
-                f"{name_member(name, everything)}: a file of {path.stat().st_size} bytes",
+                f"{name_member(name, everything)}: {fault}",
                 where=folder,
-                expected=f"{MAGIC_END} or more, as every DICOM file has",
-                fix="copy it again if it was cut short, else move it away",
+                expected="whole DICOM files",
+                fix="copy it again if it is a slice, else move it away",
             )
     return members
+
+
+def _find_damage(path: Path) -> str:
+    """Return what makes a file without suffix seem a damaged slice; nothing where it is of another kind."""
+    size = path.stat().st_size
+    if size < MAGIC_END:
+        return f"a file of {size} bytes"
+    with path.open("rb") as file:
+        beginning = file.read(MAGIC_END)
+    if not any(beginning):
+        return "a file that begins with nothing but zeros"
+    # The first group of elements, which follows where the preamble is missing.
+    return "a DICOM file without its preamble" if beginning[:2] in (b"\x02\0", b"\x08\0") else ""
 
 
 def _files_in(folder: Path) -> list[Path]:

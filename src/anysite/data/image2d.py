@@ -87,7 +87,9 @@ def _read_pillow(path: Path, as_label: bool) -> np.ndarray:
                 SyntaxError, ValueError, TypeError, LookupError, struct.error
             ):  # no word of a turn is left
                 image = ImageOps.exif_transpose(image)
-            if image.mode == "P" and not as_label:
+            if image.mode == "P" and as_label:
+                _require_rising(image, path)
+            elif image.mode == "P":
                 image = _without_palette(image)
             elif image.mode in ("RGBA", "CMYK", "YCbCr", "LAB", "HSV"):
                 image = image.convert("RGB")
@@ -103,6 +105,22 @@ def _without_palette(image: Image.Image) -> Image.Image:
     red, green, blue = colours.split()
     grey = red.tobytes() == green.tobytes() == blue.tobytes()
     return red if grey else colours
+
+
+def _require_rising(image: Image.Image, path: Path) -> None:
+    """Refuse a label whose palette is grey and not in the indices' order: which of the two is meant nobody knows.
+
+    Programs that make a palette of a black and white mask may begin with white.
+    """
+    used = np.flatnonzero(np.bincount(np.asarray(image).ravel()))
+    colours = np.resize(np.array(image.getpalette("RGB") or [0], int), (256, 3))[used]
+    light = colours[:, 0]
+    if (colours == colours[:, :1]).all() and ((np.diff(light) <= 0).any() or (used[0] > 0) != (light[0] > 0)):
+        raise FileFormatError(
+            f"a label of the indices {', '.join(map(str, used[:5]))} that a palette shows as the greys "
+            f"{', '.join(map(str, light[:5]))}",
+            where=path, expected="indices and greys in one order", fix="save it in 8-bit grey, without a palette",
+        )  # fmt: skip
 
 
 def _bits_of_png(path: Path) -> int:
@@ -126,19 +144,43 @@ def _read_tiff(path: Path, as_label: bool) -> np.ndarray:
                 "a TIFF that has to be turned (Orientation)", where=path, expected="upright pages",
                 fix="save it upright, without that tag",
             )  # fmt: skip
-        coloured = series.keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE and not as_label
+        by_palette = series.keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE
+        coloured = by_palette and (not as_label or len(series.pages) == 1)
+        white_is_zero = series.keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE
+        bits, samples = int(series.keyframe.bitspersample), int(series.keyframe.samplesperpixel)
+        if white_is_zero and bits > 1 and as_label:
+            raise FileFormatError(
+                "a label in which 0 stands for white (MINISWHITE)", where=path, expected="0 for black",
+                fix="save it anew with PhotometricInterpretation BlackIsZero",
+            )  # fmt: skip
         if coloured and len(series.pages) > 1:
             raise FileFormatError("pages coloured by a palette", where=path, expected="grey values")
         if series.keyframe.compression in TIFF_COMPRESSIONS and not coloured:
             array = series.asarray()
+        alpha = [kind in (1, 2) for kind in map(int, series.keyframe.extrasamples)]
+    if array is None and bits > 8 and (samples > 1 or white_is_zero):
+        raise FileFormatError(
+            f"{bits}-bit values in a compression that would be cut to 8 bits or turned", where=path,
+            fix="save it uncompressed or with deflate",
+        )  # fmt: skip
     if array is None:
         return _read_pillow(path, as_label)
+    if white_is_zero:
+        array = ~array if array.dtype == bool else _from_white(array, bits, path)
     if array.dtype == bool:  # as Pillow does for 1-bit PNG
         array = array.astype(np.uint8) * 255
     if "S" in axes:  # samples: colour, with or without transparency
         array = np.moveaxis(array, axes.index("S"), 0)
-        return np.ascontiguousarray(array[:3] if array.shape[0] >= 3 else array[:1])
+        opaque = [not hidden for hidden in ([False] * (samples - len(alpha)) + alpha)]
+        return np.ascontiguousarray(array[opaque])
     return array[None]
+
+
+def _from_white(array: np.ndarray, bits: int, path: Path) -> np.ndarray:
+    """Return grey values of which 0 stood for white."""
+    if array.dtype.kind != "u":
+        raise FileFormatError(f"{array.dtype} values of which 0 is white", where=path, expected="0 for black")
+    return array.dtype.type(2**bits - 1) - array
 
 
 def _require_all_pages(tiff: tifffile.TiffFile, path: Path) -> None:

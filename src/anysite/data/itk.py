@@ -136,6 +136,7 @@ def _find_meta(path: Path) -> _Payload:
     if not binary or skipped:
         raise FileFormatError("voxels as text or behind a foreign header", where=path, expected="binary data")
     if file.upper() == "LOCAL":
+        _require_stated_size(path, fields, path.stat().st_size - end, compressed)
         return _Payload(path, end, compressed, _count_bytes(path, [*sizes, channels], width))
     if Path(file).name != file or "%" in file or file.upper().startswith("LIST"):
         raise FileFormatError(
@@ -143,7 +144,19 @@ def _find_meta(path: Path) -> _Payload:
         )
     if not (path.parent / file).is_file():
         raise FileFormatError(f"no data file {file}", where=path, fix="keep .mhd and its data together")
-    return _Payload(path.parent / file, 0, compressed, _count_bytes(path, [*sizes, channels], width))
+    voxels = path.parent / file
+    _require_stated_size(path, fields, voxels.stat().st_size, compressed)
+    return _Payload(voxels, 0, compressed, _count_bytes(voxels, [*sizes, channels], width))
+
+
+def _require_stated_size(path: Path, fields: dict[str, str], stored: int, compressed: bool) -> None:
+    """Refuse compressed voxels whose length is not that of the header: ITK would leave memory as it found it."""
+    stated = fields.get("compresseddatasize", "none")
+    if compressed and stated != str(stored):
+        raise FileFormatError(
+            f"CompressedDataSize {stated}", where=path, expected=f"{stored}, as many bytes as follow",
+            fix="save it again, or uncompressed",
+        )  # fmt: skip
 
 
 def _find_nrrd(path: Path) -> _Payload:

@@ -121,17 +121,19 @@ def join(declaration: JointDeclaration, datasets: Mapping[str, Dataset], where: 
 
 
 def _name_people(datasets: Mapping[str, Dataset]) -> dict[tuple[str, str], str]:
-    """Return a name for every patient of every dataset, the same where they share an image file."""
+    """Return a name for every patient of every dataset, one for all who share an image file, if by way of others."""
     people: dict[tuple[str, str], str] = {}
     owners: dict[Path, str] = {}
     for name, dataset in datasets.items():
-        images: dict[str, list[Path]] = {}
         for case in dataset.cases:
-            images.setdefault(case.patient, []).extend(path.resolve() for path in case.image_paths)
-        for patient, paths in images.items():
-            person = next((owners[path] for path in paths if path in owners), f"{name}/{patient}")
-            people[name, patient] = person
-            owners.update(dict.fromkeys(paths, person))
+            person = people.setdefault((name, case.patient), f"{name}/{case.patient}")
+            for path in (path.resolve() for path in case.image_paths):
+                former = owners.setdefault(path, person)
+                if former == person:
+                    continue
+                people = {key: former if own == person else own for key, own in people.items()}
+                owners = {file: former if own == person else own for file, own in owners.items()}
+                person = former
     return people
 
 

@@ -126,6 +126,8 @@ def _layout(path: Path) -> Callable[[Path], Dataset] | None:
         return _from_list if joint.is_joint(path) else _from_datalist if datalist.is_datalist(path) else None
     if any((path / name).is_file() for name in MANIFESTS):
         return _from_manifest
+    if datalist.tells_of_people(path / "dataset.json"):
+        return _from_datalist
     if (path / "imagesTr").is_dir() and (path / "dataset.json").is_file():
         return _from_nnunet
     if path.name in ("imagesTr", "imagesTs") and (path.parent / "dataset.json").is_file():

@@ -8,8 +8,8 @@ from anysite.errors import FileFormatError
 
 MAX_VOXELS = 2**31
 MAX_BYTES = 2**33  # in memory, eight times a CT of the whole body
-# A gibibyte that compressed to less than this share is nothing but one repeated value.
-UNSUSPICIOUS_BYTES, MAX_RATIO = 2**30, 500
+# One layer of gzip makes nothing smaller than a 1032nd, which a mask with little in it nearly reaches.
+UNSUSPICIOUS_BYTES, MAX_RATIO = 2**30, 1100
 HOUNSFIELD_BELOW = -500.0  # air lies near -1000, and no other common scale goes so low
 
 

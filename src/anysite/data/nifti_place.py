@@ -75,7 +75,9 @@ def _qform(header: Nifti1Header) -> np.ndarray | None:
     sizes = np.array(header["pixdim"], float)[1:4]
     finite = np.isfinite([*quaternion, *offset, *sizes]).all()
     if finite and (sizes > 0).all() and (quaternion**2).sum() < 1.0001:
-        return np.array(header.get_qform(coded=False), float)
+        known = header.copy()
+        known["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # 0 counts as 1, as the standard has it
+        return np.array(known.get_qform(coded=False), float)
     if int(header["sform_code"]) > 0:
         return None
     raise GeometryError(
