@@ -112,7 +112,7 @@ def predict_monai(run: runs.Run, image: Path, output: Path) -> None:
             Orientationd("image", axcodes=run.plan.axes, labels=None),
             Spacingd("image", pixdim=[SPACING_MM] * 3, mode="bilinear"),
             ScaleIntensityRanged("image", window.low, window.high, window.low, window.high, clip=True),
-            NormalizeIntensityd("image", subtrahend=window.mean, divisor=window.std),
+            NormalizeIntensityd("image", subtrahend=np.float32(window.mean), divisor=np.float32(window.std)),
         ]
     )
     after: Any = Compose(
@@ -126,13 +126,14 @@ def predict_monai(run: runs.Run, image: Path, output: Path) -> None:
         ]
     )  # fmt: skip
     network = run.network().eval()
-    item = Dataset([{"image": str(image)}], before)[0]
+    item: Any = Dataset([{"image": str(image)}], before)[0]
     with torch.inference_mode():
         mask = sliding_window_inference(
             item["image"][None], [PATCH] * 3, 4, network, overlap=OVERLAP, mode="gaussian", sigma_scale=0.125
         )
     assert isinstance(mask, MetaTensor)
-    for part in decollate_batch({"image": item["image"][None], "mask": mask}):
+    parts: Any = decollate_batch({"image": item["image"][None], "mask": mask})
+    for part in parts:
         after(part)
 
 

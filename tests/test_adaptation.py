@@ -323,6 +323,36 @@ def test_only_the_chosen_parameters_change(subset: Any, run: Run, image: Volume)
     assert changed
 
 
+@pytest.mark.parametrize("subset", ["norm", "first", "all"])
+def test_in_bfloat16_every_step_sees_the_weights_of_the_one_before(
+    subset: Any, run: Run, image: Volume
+) -> None:
+    """Autocast keeps its copies of weights otherwise, and all steps but the first go blind."""
+    settings = AdaptSettings(
+        method="tent", only_shifted=False, settings={"subset": subset, "learning_rate": 0.01}
+    )
+    predict_settings = run.config.predict.model_copy(update={"adapt": settings, "precision": "bf16-mixed"})
+    segmenter = Segmenter([run], predict_settings)
+    segmenter.precision = "bf16-mixed"
+    (adapter,) = segmenter.adapters
+    assert adapter is not None
+    windows = windows_of(run, image)
+    seen: list[float] = []
+    network = adapter.network
+    inner = network.forward
+
+    def watch(x: Tensor) -> Tensor:
+        logits = inner(x)
+        seen.append(float(logits.detach().float().abs().mean()))
+        return logits
+
+    network.forward = watch  # type: ignore[method-assign]
+    with segmenter._autocast(learning=True):
+        adapter.adapt(windows)
+    network.forward = inner  # type: ignore[method-assign]
+    assert len(set(seen)) >= 4
+
+
 def test_refseg_keeps_the_first_mask_unless_likeness_rises_enough(run: Run, image: Volume) -> None:
     adapter = attached("refseg", run, least_gain=0.9)
     windows = windows_of(run, image)

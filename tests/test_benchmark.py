@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -16,12 +15,12 @@ import torch
 from PIL import Image
 
 from anysite import benchmark as benchmarking
-from anysite import registry
+from anysite import experiment, registry
 from anysite.benchmark import Job, JobOutcome, benchmark, count_others, list_jobs, run_job, unfinished
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
-from anysite.errors import ConfigError
+from anysite.errors import ConfigError, Interrupted, InterruptedTraining
 from anysite.experiment import score_job
 from anysite.report import write_report
 from anysite.report.methods import split_by_method, summarise_methods
@@ -89,6 +88,7 @@ def test_impossible_jobs_are_refused_before_anything_runs(phantom: Dataset, tmp_
     refused("no metric 'accuracy'", metrics=["accuracy"])
     refused("seed -3; expected 0 or above", seeds=[2, -3])
     refused("0 members; expected 1 or more", members=0)
+    refused("the metric verdict alone; expected dice,verdict", metrics=["verdict"])
     (tmp_path / "baseline.toml").write_text("")
     refused("2 methods named 'baseline'", methods=["baseline", str(tmp_path / "baseline.toml")])
     with pytest.raises(ConfigError, match="-1 jobs at once; expected 0 or more"):
@@ -365,9 +365,67 @@ def test_a_job_is_done_again_where_its_labels_or_images_changed(
     unsaid = [{k: v for k, v in row.items() if k != "data"} for row in read_rows(output)]
     write_rows(output, unsaid)  # as written before rows named their data
     assert unfinished(mended, output) == [mended[1]]
+    former = next(job for job in jobs if unfinished([job], finished[0]) == [])
+    rows = [{**row, "data": former.data} for row in unsaid if benchmarking._key_of(row) == former.key]
+    extra = [{**row, "metric": "hd95"} for row in rows if row["metric"] == "dice"]
+    write_rows(output, [*rows, *extra])
+    benchmarking._append(output, JobOutcome(mended[0], [{**row, "data": mended[0].data} for row in rows]))
+    assert {row["metric"] for row in read_rows(output)} == {"dice", *COSTS}
     before = listed()[0].data
     case.image_paths[0].write_bytes(case.image_paths[0].read_bytes() + b"1")
     assert listed()[0].data != before
+
+
+def test_a_cost_that_is_not_measured_again_stays(
+    jobs: list[Job], finished: tuple[Path, list[JobOutcome]], tmp_path: Path
+) -> None:
+    dice = next(outcome for outcome in finished[1] if outcome.job == jobs[0])
+    output = tmp_path / "rows.jsonl"
+    write_rows(output, dice.rows)
+    again = [
+        row for row in dice.rows if row["metric"] != "predict_seconds_per_case"
+    ]  # of masks that were kept
+    benchmarking._append(output, JobOutcome(jobs[0], again))
+    assert sorted(row["metric"] for row in read_rows(output) if row["split"] == "run") == sorted(COSTS)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_interrupted_benchmark_does_not_speak_of_a_state_that_is_gone(
+    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    def stop(*arguments: object) -> list:
+        raise InterruptedTraining("stopped", where="run")
+
+    monkeypatch.setattr(benchmarking, "score_job", stop)
+    with pytest.raises(Interrupted, match="Run the same command again"):
+        list(benchmark([jobs[0]], tmp_path / "rows.jsonl", parallel=0, keep_runs=tmp_path if kept else None))
+
+
+def test_only_cases_that_the_judge_learned_from_are_marked(tmp_path: Path) -> None:
+    """Also where the first case scored is one of them: its mark belongs to no corrupted copy and no other image."""
+    folder = write_phantom(tmp_path / "phantom", patients_per_site=4)
+    settings = [
+        "train.validation_fraction=0.3",
+        "judge.held_out_cases=1",
+        "judge.shifted_copies=0",
+        "judge.detectors={histogram={}}",
+    ]
+    (job,) = list_jobs(
+        open_dataset(folder), folder, ["baseline"], [0], "leave-one-out", [*TINY, *settings],
+        test_domains=["west"], metrics=["dice", "verdict"], corruptions=["gaussian_noise"], severities=[3],
+    )  # fmt: skip
+    outcome = run_job(job, 1, None)
+    assert not outcome.error
+    marked = [row for row in outcome.rows if row.get("judge_learned")]
+    assert marked
+    assert {row["split"] for row in marked} == {"in_domain"}
+    learned = {(row["domain"], row["patient"]) for row in marked}
+    assert all(
+        bool(row.get("judge_learned")) == ((row["domain"], row["patient"]) in learned)
+        for row in outcome.rows
+        if row["split"] != "run"
+    )
+    assert len(learned) == 1 < len({(row["domain"], row["patient"]) for row in outcome.rows})
 
 
 def test_every_metric_of_every_adapter_has_to_be_there(jobs: list[Job]) -> None:
@@ -402,9 +460,9 @@ def test_two_writers_of_one_file_keep_each_others_rows(
 
 
 def test_a_system_that_counts_no_memory_leaves_that_row_out(
-    jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+    jobs: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows, which has no such module
+    monkeypatch.setattr(experiment, "PROCESS", tmp_path / "none")  # as on other systems than Linux
     rows = run_job(jobs[0], 1, None).rows
     assert [row["metric"] for row in rows if row["split"] == "run"] == COSTS[:3]
 

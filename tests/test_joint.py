@@ -26,7 +26,7 @@ from anysite.objectives.supervised import Supervised, hide_unknown
 from anysite.patches import PatchSampler, PreparedCases
 from anysite.plan import Plan
 from anysite.planning import learn_plan
-from anysite.predict import predict, split_of
+from anysite.predict import _patients_judged_from, predict, split_of
 from anysite.report.pictures import draw_case
 from anysite.report.read import PredictedCase, PredictedDataset
 from anysite.rows import read_rows
@@ -508,6 +508,10 @@ def test_cases_of_a_joint_training_are_known_again_in_their_own_dataset(organs: 
     ):  # of site a the head has cases of the same ids
         role = next(role for role, ids in run.splits.items() if f"heart_{case.id}" in ids)
         assert split_of(case, [run]) == roles[role]
+    kept = next(id for id in run.splits["held_out"] if id.startswith("heart_b"))
+    run.manifest["judge_learned_from"] = [kept]
+    judged = _patients_judged_from([run], alone.cases)
+    assert [patient for _, patient in judged] == [kept.removeprefix("heart_")]
     learned_from = {id.removeprefix("heart_") for id in run.splits["training"]}
     parts = split(alone, small_config("seed=3"))
     kept_out = {case.id for case in parts.held_out.cases}

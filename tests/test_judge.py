@@ -688,6 +688,21 @@ def test_a_limit_of_scores_that_are_all_alike() -> None:
     assert usual == limit == pytest.approx(0.2)
 
 
+def test_an_image_of_one_window_still_has_joint_scores_and_a_dice_to_expect(draw: Draw) -> None:
+    judge = judge_of(draw, shifted=20, detectors={"histogram": {}, "entropy": {}, "pairwise_dice": {}})
+    assert "pairwise_dice" in judge.detectors
+    for kind in (0, 1):
+        output = draw(kind)
+        whole, alone = judge.judge(output), judge.judge(replace(output, agreement=None))
+        assert whole.scores.keys() - alone.scores.keys() == {"pairwise_dice"}
+        lower, upper = alone.scores["quality"], whole.scores["quality"]
+        assert lower is not None
+        assert upper is not None
+        assert lower <= upper
+        assert (alone.predicted_dice is None) == (kind == 1)
+    assert judge.judge(replace(draw(), agreement=None), least_dice=0.99).decision != "accept"
+
+
 def test_a_detector_that_some_held_out_images_know_nothing_of_is_dropped(draw: Draw) -> None:
     """As of windows that overlap, where one holds some of the images: the joint scores would miss those."""
     judge = Judge(JudgeSettings(detectors={"histogram": {}, "pairwise_dice": {}}))

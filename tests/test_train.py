@@ -92,6 +92,19 @@ def test_resuming_with_other_settings_says_that_they_are_ignored(phantom: Datase
     assert run.config == small_config()
 
 
+def test_resuming_says_that_another_budget_is_ignored(phantom: Dataset, tmp_path: Path) -> None:
+    notes: list[str] = []
+    train(phantom, small_config(), tmp_path / "run")
+    for budget in (None, 30.0):
+        train(
+            phantom, small_config(), tmp_path / "run", resume=True, budget_s=budget,
+            on_progress=lambda progress: notes.append(progress.note),
+        )  # fmt: skip
+    assert [note for note in notes if note] == [
+        "resuming with the run's own number of steps; --budget is ignored"
+    ]
+
+
 def test_a_wrong_setting_leaves_no_run_behind(phantom: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no setting 'widht'"):
         train(phantom, small_config("network.widht=8"), tmp_path / "run")

@@ -21,6 +21,7 @@ from anysite.data.layouts import open_dataset
 from anysite.errors import (
     AnysiteError,
     ConfigError,
+    Interrupted,
     InterruptedTraining,
     LabelError,
     WorkerError,
@@ -89,6 +90,8 @@ def list_jobs(
         if metric not in (known := [*METRICS, *CALIBRATION_METRICS, VERDICT]):
             known = ", ".join(known)
             raise ConfigError(f"no metric {metric!r}", expected=f"one of {known}")
+    if VERDICT in metrics and "dice" not in metrics:
+        raise ConfigError("the metric verdict alone", expected="dice,verdict: a failure is told by its Dice")
     corruptions = tuple(CORRUPTIONS) if list(corruptions) == ["all"] else tuple(corruptions)
     if members < 1:
         raise ConfigError(f"{members} members", expected="1 or more")
@@ -184,7 +187,7 @@ def _run_here(waiting: Sequence[Job], keep_runs: Path | None) -> Iterator[JobOut
     for job in waiting:
         try:
             yield run_job(job, compute.count_cores(), keep_runs)
-        except InterruptedTraining:
+        except Interrupted:
             raise
         except Exception as error:  # noqa: BLE001 - one job ends no other
             yield JobOutcome(job, [], describe_error(error))
@@ -264,7 +267,8 @@ def run_job(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
         rows = score_job(job, _open(job), folder, threads)
         return JobOutcome(job, [{**row, "data": job.data} for row in rows])
     except InterruptedTraining:
-        raise
+        # A run that nobody keeps cannot be continued, and one that is kept goes on where the benchmark does.
+        raise Interrupted("interrupted", fix="run the same command again: finished jobs are kept") from None
     except AnysiteError as error:
         return JobOutcome(job, [], str(error))
     finally:
@@ -295,7 +299,8 @@ def _append(output: Path, outcome: JobOutcome) -> None:
     """Write a job's rows in place of its earlier ones; what else a finished job kept before stays."""
     with atomic.locked(output, wait=True):
         existing = read_rows(output) if output.is_file() else []
-        keys, replaced = outcome.job.keys, {topic_of(row) for row in outcome.rows}
+        keys = outcome.job.keys
+        replaced = {(*topic_of(row), _cost_of(row)) for row in outcome.rows}
         # Without its costs a job was cut off when the file was copied, and no metric of it is complete.
         finished = {_key_of(row) for row in existing if row.get("split") == "run"}
         if not _same_networks([row for row in existing if _key_of(row) in keys], outcome.rows):
@@ -307,13 +312,19 @@ def _append(output: Path, outcome: JobOutcome) -> None:
             if (key := _key_of(row)) not in keys
             or (
                 key in finished
-                and topic_of(row) not in replaced
+                and (*topic_of(row), _cost_of(row)) not in replaced
+                and row.get("data", "") in ("", outcome.job.data)
                 # Another version of a corruption scored anew is another corruption.
                 and row.get("corruption_version")
                 == versions.get(row.get("corruption"), row.get("corruption_version"))
             )
         ]
         write_rows(output, [*kept, *outcome.rows])
+
+
+def _cost_of(row: Row) -> str:
+    """Return which cost a row is, of which a job that is done in part may not have all anew."""
+    return str(row.get("metric")) if row.get("split") == "run" else ""
 
 
 def _same_networks(former: Sequence[Row], rows: Sequence[Row]) -> bool:

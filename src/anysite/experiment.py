@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from anysite.rows import ALL_CLASSES, Row, describe_adaptation, describe_verdict
 NO_ADAPTER = "none"  # no adapter
 OTHER = "other"  # the split of images of another dataset
 OTHER_CASES = 40  # of another dataset at most
+PROCESS = Path("/proc/self")
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def score_job(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Ro
     Raises:
         AnysiteError: a training that failed, no case to score, or one that could not be.
     """
+    _forget_peak_memory()
     members = [_train_member(job, member, dataset, folder, threads) for member in range(job.members)]
     run = members[0]
     # Of the training sites only the held-out patients, so that all numbers of labels are scored on the same cases.
@@ -148,7 +150,8 @@ def score_job(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Ro
     cases = held_out + test
     rows, predicting_s = _score_images(job, members, cases, dataset, folder / "masks", threads, NO_ADAPTER)
     learned_from = _patients_judged_from(run, dataset)
-    common = rows[0] | {"domain": "", "patient": "", "case": "", "class": ""}
+    common = {**rows[0], "domain": "", "patient": "", "case": "", "class": ""}
+    common.pop("judge_learned", None)  # that is of one case
     for adapt in job.adapt:
         if adapt != NO_ADAPTER:
             masks = folder / f"masks_{adapt.replace(':', '_')}"
@@ -298,11 +301,15 @@ def _is_wanted(metric: str, wanted: Sequence[str]) -> bool:
     return metric in wanted or metric == ADAPTED or (VERDICT in wanted and is_judgement(metric))
 
 
+def _forget_peak_memory() -> None:
+    """Count the process's largest memory anew, so that what came before a job is not taken for its own."""
+    with suppress(OSError):  # Linux alone can
+        (PROCESS / "clear_refs").write_text("5")
+
+
 def _peak_memory_mb() -> float | None:
-    """Return the process's largest memory so far, or None on Windows, which has no such count."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    """Return the process's largest memory since `_forget_peak_memory`, or None where nothing counts it."""
+    with suppress(OSError, StopIteration, ValueError):
+        lines = (PROCESS / "status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**10
+    return None

@@ -159,8 +159,9 @@ class Judge:
         if image_alone:
             scores = {name: score for name, score in scores.items() if self.detectors[name].of_shift}
         expected = None
-        if self.weights and len(scores) == len(self.detectors) and np.isfinite(list(scores.values())).all():
-            signs = quality.signs_of(np.array(list(scores.values())))
+        if self.weights and not image_alone and np.isfinite(list(scores.values())).all():
+            # Of an image that fits into one window nothing tells whether windows agree: that counts as usual.
+            signs = quality.signs_of(np.array([scores.get(name, 0.0) for name in self.detectors]))
             scores[COMBINED] = self._relative(COMBINED, float(signs @ self.weights[COMBINED]))
             middle = float(quality.predict_dice(self.weights[QUALITY], signs[None])[0])
             scores[QUALITY] = self._relative(QUALITY, 1 - middle)

@@ -220,7 +220,12 @@ def predict(
 def _patients_judged_from(run_folders: Sequence[Run], cases: Sequence[Case]) -> set[tuple[str, str]]:
     """Return the held-out patients whom a judge learned its limits from, and on whom it cannot be tested."""
     ids = {name for run in run_folders for name in run.manifest.get("judge_learned_from", ())}
-    return {(case.domain, case.patient) for case in cases if case.id in ids}
+    tasks = {variant.task for run in run_folders for variant in run.plan.variants}
+    return {
+        (case.domain, case.patient)
+        for case in cases
+        if not ids.isdisjoint({case.id, *(f"{task}_{case.id}" for task in tasks)})
+    }
 
 
 def _write_verdicts(manifest: Manifest, referral: float | None) -> None:

@@ -202,7 +202,7 @@ class Segmenter:
             windows = windows.to(self.device).contiguous(memory_format=member.network.memory_format)
             shown = windows[len(windows) // 2][None]
             # Not the state of the process: the same image gives the same mask whatever came before it.
-            with torch.random.fork_rng(devices=[]), self._autocast():
+            with torch.random.fork_rng(devices=[]), self._autocast(learning=True):
                 torch.default_generator.manual_seed(0)
                 drawn = [adapter.draw(shown)]
                 observed = adapter.adapt(windows)
@@ -226,8 +226,10 @@ class Segmenter:
         changed = changed_share(before, after)
         return Adaptation(adapter.name, True, "", facts, changed), after, _before_and_after(*drawn)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
+    def _autocast(self, *, learning: bool = False) -> torch.autocast:
+        # Copies of weights in bfloat16 must not outlast a step that changes them.
+        enabled = self.precision == "bf16-mixed"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=not learning)
 
     def _as_maps(self, probabilities: Float[np.ndarray, "k *s"]) -> Bool[np.ndarray, "m *s"]:
         """Return which voxels belong to every region, or every class but the background."""

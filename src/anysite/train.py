@@ -166,12 +166,19 @@ def _require_resumable(job: _Job) -> None:
     ignored = differing_settings(job.config, job.kept)
     if ignored:
         job.warn(f"resuming with the run's own settings; ignored: {', '.join(ignored)}")
+    budget_s = runs.read_manifest(job.output).get("budget_s")
+    if job.budget_s is not None and job.budget_s != budget_s:
+        job.warn(f"resuming with the run's own {_describe_budget(budget_s)}; --budget is ignored")
     if not _is_finished(job) and split(job.dataset, job.kept).as_ids() != runs.read_splits(job.output):
         raise RunError(
             "training cases that differ from those the run was started with",
             where=job.output,
             fix="restore the dataset, or start a new run",
         )
+
+
+def _describe_budget(budget_s: float | None) -> str:
+    return "number of steps" if budget_s is None else f"budget of {budget_s:g} s"
 
 
 def _fit(fabric: Fabric, job: _Job) -> None:

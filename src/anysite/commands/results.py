@@ -128,7 +128,7 @@ def benchmark(
     began, failed = time.monotonic(), 0
     waiting = benchmarking.unfinished(jobs, output)
     console.say(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them done before")
-    if outdated := benchmarking.count_outdated(jobs, output):
+    if outdated := benchmarking.count_outdated(waiting, output):
         console.say(f"{outdated} were made of other labels or images than are there now, and are done again")
     if strangers := benchmarking.count_others(jobs, output):
         console.say(
