@@ -112,7 +112,7 @@ def predict_monai(run: runs.Run, image: Path, output: Path) -> None:
             Orientationd("image", axcodes=run.plan.axes, labels=None),
             Spacingd("image", pixdim=[SPACING_MM] * 3, mode="bilinear"),
             ScaleIntensityRanged("image", window.low, window.high, window.low, window.high, clip=True),
-            NormalizeIntensityd("image", subtrahend=np.float32(window.mean), divisor=np.float32(window.std)),
+            NormalizeIntensityd("image", subtrahend=np.array(window.mean), divisor=np.array(window.std)),
         ]
     )
     after: Any = Compose(
