@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from anysite import atomic
+from anysite.data import files
 from anysite.data.case import Dataset
 from anysite.data.dicom_members import split_choice
 
@@ -22,7 +22,7 @@ def digest_content(dataset: Dataset) -> str:
         told = [case.domain, case.patient, case.id]
         told += [str(path.stat().st_size) for image in case.image_paths for path in _files_of(image)]
         if case.label_path is not None:
-            told += ["label", *map(atomic.sha256, _files_of(case.label_path))]
+            told += ["label", files.digest_of(case.label_path) if files.exists(case.label_path) else ""]
         digest.update("\0".join([*told, "\n"]).encode())
     return digest.hexdigest()[:12]
 
