@@ -29,8 +29,9 @@ how much harder a site is. The trainings are short ones that fit two CPU cores: 
 Dice that the data allow.
 
 Commands with `--set plan.dimension=2.5d` were run when slices of volumes brought their neighbours along as channels by
-default, which every method of such a table, and the baseline, did. Those that end in `--set train.schedule=cosine --set train.average_share=0` were
-run before weights were averaged over the end of a training by default: all of such a table were trained without.
+default, which every method of such a table, and the baseline, did. Those that end in
+`--set train.schedule=cosine --set train.average_share=0` were run before weights were averaged over the end of a
+training by default: all of such a table were trained without.
 
 The fundus images are DRIVE, STARE, CHASE_DB1 and HRF at 512 px; the cardiac ones M&Ms vendor A, centre 1, and ACDC
 (their true spacing is lost, so nothing is measured in mm); the hippocampus is Task04 of the Medical Segmentation

@@ -662,7 +662,7 @@ def test_a_further_image_crosses_a_limit_as_seldom_as_stated(count: int, share: 
 
 
 @pytest.mark.parametrize("count", [5, 10, 30])
-@pytest.mark.parametrize("shape", ["exponential", "half normal", "sum of signs"])
+@pytest.mark.parametrize("shape", ["half normal", "sum of signs"])
 def test_of_scores_that_begin_at_nothing_too(count: int, shape: str) -> None:
     """As the combined one, whose tail is longer than a normal distribution's: by that it was crossed more often."""
     rng, share = np.random.default_rng(1), 0.99
@@ -671,14 +671,14 @@ def test_of_scores_that_begin_at_nothing_too(count: int, shape: str) -> None:
     def draw_scores(number: int) -> np.ndarray:
         if shape == "sum of signs":
             return quality.signs_of(rng.normal(0, 0.4, (number, len(weights)))) @ weights
-        return rng.exponential(size=number) if shape == "exponential" else np.abs(rng.normal(size=number))
+        return np.abs(rng.normal(size=number))
 
     crossed, by_normal = [], []
     for _ in range(4000):
         *known, further = draw_scores(count + 1)
         crossed.append(further > judging._find_limit(known, share, least=0.0)[1])
         by_normal.append(further > judging._find_limit(known, share)[1])
-    assert np.mean(crossed) <= (1 - share) * 1.5
+    assert np.mean(crossed) <= (1 - share) * 1.2
     assert np.mean(by_normal) > (1 - share) * 1.5
 
 

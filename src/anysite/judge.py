@@ -310,15 +310,15 @@ def _find_limit(
     """Return the median, and where a review begins so that so large a share of further such images lies below.
 
     Of few distances neither the mean nor the spread is sure, so that a normal distribution's quantile would be crossed
-    several times as often: the limit is that of Student's t for one image more. Of distances that no image can
-    have less than `least` of, and many have just that, the long tail is let in by cube roots, which are nearly normal
-    (Wilson and Hilferty, 1931, https://doi.org/10.1073/pnas.17.12.684).
+    several times as often: the limit is that of Student's t for one image more. Of distances that begin at `least`,
+    where many lie, and have a long tail, it is taken of square roots, which are nearer to normal (as Fisher's of
+    chi-square); cube roots would put it at twice to four times where it belongs, of few images.
     """
     values = np.asarray(distances, float)
-    bent = values if least is None else np.cbrt(values - least)
+    bent = values if least is None else np.sqrt(values - least)
     count = len(values)
     beyond = special.stdtrit(count - 1, share) * np.sqrt(1 + 1 / count)
     limit = float(np.mean(bent) + beyond * np.std(bent, ddof=1))
     if least is not None:
-        limit = least + max(limit, 0.0) ** 3
+        limit = least + max(limit, 0.0) ** 2
     return float(np.median(values)), max(float(np.quantile(values, share)), limit)
