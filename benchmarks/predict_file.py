@@ -1,12 +1,12 @@
-"""Seconds and peak memory from an image file to a mask file, beside nnU-Net's predictor and MONAI in float32.
+"""Seconds and peak memory from an image file to a mask file, beside nnU-Net's predictor.
 
-Run as `python benchmarks/predict_file.py [--slices 300] [--rounds 3] [--folder DIR] [--output
+Run as `python benchmarks/predict_file.py [--slices 300] [--rounds 2] [--folder DIR] [--output
 benchmarks/predict_file.json]` where nnU-Net v2 is installed beside anysite (`pip install nnunetv2`). A network is
 trained on made-up CT first (in DIR, where it is kept and used again), and segments a volume of 512 x 512 x SLICES
-voxels that is resampled on the way. All three take the same weights, spacing, intensity window and windows (64^3,
-half overlapping, Gaussian), and none mirrors. `anysite` is the command line and judges the mask as well; nnU-Net is
-its predictor without worker processes, whose memory would come on top; MONAI is what its tutorials show: transforms,
-sliding window, inversion, saving. They take turns, each in a process of its own, whose memory the kernel counted.
+voxels that is resampled on the way. Both take the same weights, spacing, intensity window and windows (64^3, half
+overlapping, Gaussian), and neither mirrors. `anysite` is the command line and judges the mask as well; nnU-Net is its
+predictor without worker processes, whose memory would come on top. They take turns, each in a process of its own,
+whose memory the kernel counted.
 """
 
 from __future__ import annotations
@@ -29,12 +29,10 @@ import nibabel
 import numpy as np
 import torch
 
-from anysite import atomic, compute, config, runs
-from anysite.data.layouts import open_dataset
-from anysite.train import train
+from anysite import atomic, compute, runs
 from large_volume import write_ct
 
-SIDES = ("anysite", "nnunet", "monai")
+SIDES = ("anysite", "nnunet")
 PATCH, SPACING_MM, OVERLAP = 64, 1.5, 0.5
 SETTINGS = (
     f"plan.spacing={[SPACING_MM] * 3}", f"plan.patch_size={[PATCH] * 3}", "plan.dimension=3d", "network.width=8",
@@ -52,7 +50,8 @@ def predict_nnunet(run: runs.Run, image: Path, output: Path) -> None:
     resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
     plans = {
         "dataset_name": "Dataset001_peer", "plans_name": "peer", "image_reader_writer": "SimpleITKIO",
-        "transpose_forward": [0, 1, 2], "transpose_backward": [0, 1, 2],
+        # From its order of axes (up, forward, right) to the run's (up, right, forward).
+        "transpose_forward": [0, 2, 1], "transpose_backward": [0, 2, 1],
         "foreground_intensity_properties_per_channel": {
             "0": {
                 "mean": window.mean, "std": window.std,
@@ -63,7 +62,8 @@ def predict_nnunet(run: runs.Run, image: Path, output: Path) -> None:
             "3d_fullres": {
                 "preprocessor_name": "DefaultPreprocessor", "spacing": [SPACING_MM] * 3,
                 "patch_size": [PATCH] * 3, "batch_size": 2, "normalization_schemes": ["CTNormalization"],
-                "use_mask_for_norm": [False], "resampling_fn_data": "resample_data_or_seg_to_shape",
+                "use_mask_for_norm": [False], "architecture": {}, "batch_dice": False,
+                "resampling_fn_data": "resample_data_or_seg_to_shape",
                 "resampling_fn_data_kwargs": resampling,
                 "resampling_fn_seg": "resample_data_or_seg_to_shape",
                 "resampling_fn_seg_kwargs": resampling | {"is_seg": True, "order": 1},
@@ -91,52 +91,6 @@ def predict_nnunet(run: runs.Run, image: Path, output: Path) -> None:
     predictor.predict_from_files_sequential([[str(image)]], [str(output / "p0")])
 
 
-def predict_monai(run: runs.Run, image: Path, output: Path) -> None:
-    """Write the mask that MONAI's transforms and sliding window make with a run's network."""
-    from monai.data.dataset import Dataset
-    from monai.data.meta_tensor import MetaTensor
-    from monai.data.utils import decollate_batch
-    from monai.inferers.utils import sliding_window_inference
-    from monai.transforms.compose import Compose
-    from monai.transforms.intensity.dictionary import NormalizeIntensityd, ScaleIntensityRanged
-    from monai.transforms.io.dictionary import LoadImaged, SaveImaged
-    from monai.transforms.post.dictionary import AsDiscreted, Invertd
-    from monai.transforms.spatial.dictionary import Orientationd, Spacingd
-    from monai.transforms.utility.dictionary import EnsureChannelFirstd
-
-    window = run.plan.normalisation[0]
-    before: Any = Compose(
-        [
-            LoadImaged("image"),
-            EnsureChannelFirstd("image"),
-            Orientationd("image", axcodes=run.plan.axes, labels=None),
-            Spacingd("image", pixdim=[SPACING_MM] * 3, mode="bilinear"),
-            ScaleIntensityRanged("image", window.low, window.high, window.low, window.high, clip=True),
-            NormalizeIntensityd("image", subtrahend=np.array(window.mean), divisor=np.array(window.std)),
-        ]
-    )
-    after: Any = Compose(
-        [
-            Invertd("mask", transform=before, orig_keys="image", nearest_interp=False, to_tensor=True),
-            AsDiscreted("mask", argmax=True),
-            SaveImaged(
-                "mask", output_dir=output, output_postfix="", output_dtype=np.uint8, separate_folder=False,
-                resample=False, print_log=False,
-            ),
-        ]
-    )  # fmt: skip
-    network = run.network().eval()
-    item: Any = Dataset([{"image": str(image)}], before)[0]
-    with torch.inference_mode():
-        mask = sliding_window_inference(
-            item["image"][None], [PATCH] * 3, 4, network, overlap=OVERLAP, mode="gaussian", sigma_scale=0.125
-        )
-    assert isinstance(mask, MetaTensor)
-    parts: Any = decollate_batch({"image": item["image"][None], "mask": mask})
-    for part in parts:
-        after(part)
-
-
 def measure(command: list[str]) -> tuple[float, int]:
     """Run a command; return its seconds and its peak memory in MiB."""
     began = time.monotonic()
@@ -149,15 +103,19 @@ def measure(command: list[str]) -> tuple[float, int]:
 
 
 def compare(folder: Path, slices: int, rounds: int, steps: int) -> dict[str, Any]:
-    """Return seconds and peak memory of all sides, their ratios, and how far their masks agree."""
+    """Return seconds and peak memory of both sides, their ratio, and how far their masks agree."""
     volume = folder / f"volume_{slices}"
     if not volume.exists():
         write_ct(volume, "p0", slices, 0)
     if not (folder / "training").exists():
         for patient in range(1, 7):
             write_ct(folder / "training", f"p{patient}", 64, patient)
-    overrides = [*SETTINGS, f"train.steps={steps}"]
-    train(open_dataset(folder / "training"), config.load("baseline", overrides), folder / "run", resume=True)
+    # In a process of its own, since a child's count of memory begins with its parent's.
+    sets = [part for setting in (*SETTINGS, f"train.steps={steps}") for part in ("--set", setting)]
+    trained = [sys.executable, "-m", "anysite", "train", str(folder / "training"), "--preset", "baseline"]
+    subprocess.run(
+        [*trained, "--output", str(folder / "run"), "--resume", *sets], check=True, stdout=sys.stderr
+    )
     image = volume / "images" / "p0.nii.gz"
     taken: dict[str, list[float]] = {side: [] for side in SIDES}
     peaks = dict.fromkeys(SIDES, 0)
@@ -209,8 +167,8 @@ def main() -> None:
     """Print the row, and write it as JSON; with --side predict in this process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--slices", type=int, default=300)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--side", choices=SIDES[1:], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="keep volumes and run here, and use them again")
     parser.add_argument("--output", type=Path)
@@ -218,9 +176,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     threads = compute.use_threads()
     if arguments.side:
-        way = {"nnunet": predict_nnunet, "monai": predict_monai}[arguments.side]
         image = arguments.folder / f"volume_{arguments.slices}" / "images" / "p0.nii.gz"
-        way(runs.open_run(arguments.folder / "run"), image, arguments.folder / arguments.side)
+        predict_nnunet(runs.open_run(arguments.folder / "run"), image, arguments.folder / arguments.side)
         return
     with tempfile.TemporaryDirectory() as name:
         row = compare(arguments.folder or Path(name), arguments.slices, arguments.rounds, arguments.steps)
