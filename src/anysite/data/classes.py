@@ -111,7 +111,7 @@ def _single(value: int | str | list[int]) -> bool:
     return isinstance(value, int) or (isinstance(value, list) and len(value) == 1)
 
 
-MOST_INFERRED = 127  # a mask with smoothed edges has every grey value up to 255
+MOST_INFERRED = 254  # a mask with smoothed edges has every grey value up to 255, its white
 
 
 def infer_classes(values: Collection[int], where: object = "") -> tuple[tuple[str, ...], tuple[int, ...]]:
