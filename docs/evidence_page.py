@@ -25,8 +25,9 @@ differ. Dice is in points (x 100), averaged over classes, cases and seeds by pat
 interval over patients, which speaks of other patients for these trained networks. The spread over seeds is the
 standard deviation of the seeds' means. *In domain* are held-out patients of the training sites, *unseen* is the
 site left out altogether. The gap between the two compares different patients at different sites, so it also holds
-how much harder a site is. The trainings are short ones that fit two CPU cores: they measure the gap, not the best
-Dice that the data allow.
+how much harder a site is. A pair of masks counts where both have a Dice, which an empty mask of an empty truth has
+not, so that a paired gain may differ from the difference of two means. The trainings are short ones that fit two CPU
+cores: they measure the gap, not the best Dice that the data allow.
 
 Commands with `--set plan.dimension=2.5d` were run when slices of volumes brought their neighbours along as channels by
 default, which every method of such a table, and the baseline, did. Those that end in
