@@ -337,11 +337,10 @@ def _require_same_classes(manifest: dict[str, Any], dataset: Dataset, folder: Pa
     if automatic or (_is_automatic(dataset.classes) and not dataset.regions):
         if len(classes) > len(dataset.classes):
             raise DataError(
-                f"{len(classes)} classes ({', '.join(classes)})",
-                where=folder,
+                f"{len(classes)} classes ({', '.join(classes)})", where=folder,
                 expected=f"at most the {len(dataset.classes)} of {dataset.name} ({', '.join(dataset.classes)})",
                 fix="score on a dataset of the same classes",
-            )
+            )  # fmt: skip
         values = tuple(plan.get("label_values", ()))
         if len(classes) < len(dataset.classes) and values != dataset.label_values[: len(values)]:
             raise DataError(
