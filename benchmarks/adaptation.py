@@ -2,8 +2,8 @@
 
 Run as `python benchmarks/adaptation.py [--steps 800] [--output FILE]`, or with `--run RUN --dataset DATASET` for a run
 that has learned what reflection needs. Without one a network is trained on three sites of the phantom; then held-out
-images of those sites are corrupted (severity 4) and adapted to, every one and without the guard. No image of a test
-site is looked at, so that settings may be chosen by this.
+images of those sites are adapted to as they are and corrupted (severity 4), every one and without the guard. No image
+of a test site is looked at, so that settings may be chosen by this.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ import torch
 from anysite import atomic, config
 from anysite.config import choose_adapter
 from anysite.corrupt import corrupt
+from anysite.data.case import Case
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
+from anysite.data.volume import Volume
 from anysite.references import mean_dice
 from anysite.runs import open_run
 from anysite.segment import Segmenter
@@ -49,7 +51,13 @@ TRIALS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("reliable_entropy", {}),
     ("fourier_prompt", {}),
     ("intensity_views", {}),
+    ("standard_views", {}),
+    ("standard_views", {"intensities": False}),
+    ("standard_views", {"sizes": []}),
+    ("standard_views", {"sizes": [0.92, 1.08]}),
+    ("standard_views", {"sizes": [0.8, 1.25]}),
 )
+CLEAN = "clean"
 
 
 def main() -> None:
@@ -63,7 +71,7 @@ def main() -> None:
     parser.add_argument(
         "--flips", action="store_true", help="average over mirrored views, as prediction does"
     )
-    parser.add_argument("--only", help="this adapter alone")
+    parser.add_argument("--only", help="these adapters alone, separated by commas")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -79,10 +87,11 @@ def main() -> None:
             run = train(dataset, settings, Path(name) / "run")
         held_out = [case for case in dataset.cases if case.id in run.splits["held_out"]][: arguments.cases]
         images = [
-            (corrupt(case.image(), kind, 4, seed), dataset.label_of(case), dataset.known_to(case))
+            (_picture(case, kind, seed), dataset.label_of(case), dataset.known_to(case))
             for seed, case in enumerate(held_out)
-            for kind in CORRUPTIONS
+            for kind in (CLEAN, *CORRUPTIONS)
         ]
+        clean = np.arange(len(images)) % (1 + len(CORRUPTIONS)) == 0
 
         usual = run.config.predict.model_copy(update={"flips": arguments.flips})
 
@@ -100,9 +109,13 @@ def main() -> None:
         first, plain_s = predict(usual)
         plain = score(first)
         rows: list[dict[str, Any]] = [
-            {"adapter": "none", "images": len(images), "dice": round(plain.mean(), 4)}
-        ]
-        for adapter, own in (trial for trial in TRIALS if arguments.only in (None, trial[0])):
+            {
+                "adapter": "none", "images": int((~clean).sum()), "dice": round(plain[~clean].mean(), 4),
+                "clean_images": int(clean.sum()), "clean_dice": round(plain[clean].mean(), 4),
+            }
+        ]  # fmt: skip
+        wanted = arguments.only.split(",") if arguments.only else [name for name, _ in TRIALS]
+        for adapter, own in (trial for trial in TRIALS if trial[0] in wanted):
             chosen = choose_adapter(usual, f"{adapter}:always")
             adapt = chosen.adapt.model_copy(update={"settings": own})
             maps, seconds = predict(chosen.model_copy(update={"adapt": adapt}))
@@ -111,10 +124,8 @@ def main() -> None:
             averaged = [(one + other) / 2 for one, other in zip(maps, first, strict=True)]
             for kind, found in (("alone", maps), ("averaged", averaged)):
                 change = score(found) - plain
-                row[kind] = {
-                    "gain": round(float(change.mean()), 4), "harmed": int((change < -0.01).sum()),
-                    "helped": int((change > 0.01).sum()), "worst": round(float(change.min()), 4),
-                }  # fmt: skip
+                row[kind] = _summarise(change[~clean])
+                row[f"{CLEAN} {kind}"] = _summarise(change[clean])
             if arguments.flips:
                 row["times_plain"] = round(seconds / plain_s, 1)
             rows.append(row)
@@ -122,6 +133,18 @@ def main() -> None:
         report = json.dumps(rows, indent=1)
     if arguments.output:
         atomic.write_text(arguments.output, report + "\n")
+
+
+def _picture(case: Case, kind: str, seed: int) -> Volume:
+    image = case.image()
+    return image if kind == CLEAN else corrupt(image, kind, 4, seed)
+
+
+def _summarise(change: np.ndarray) -> dict[str, Any]:
+    return {
+        "gain": round(float(change.mean()), 4), "harmed": int((change < -0.01).sum()),
+        "helped": int((change > 0.01).sum()), "worst": round(float(change.min()), 4),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

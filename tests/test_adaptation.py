@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from torch import Tensor
 from anysite import registry
 from anysite.adapters import Adapter, choose_parameters
 from anysite.adapters.refseg import RefSeg
+from anysite.adapters.standard_views import StandardViews
 from anysite.benchmark import benchmark, list_jobs
 from anysite.config import choose_adapter
 from anysite.corrupt import corrupt
@@ -38,9 +39,11 @@ from anysite.guard import (
     find_fault,
     find_reason_against,
 )
+from anysite.intensities import measure_shares, standardise
 from anysite.judge import Verdict
 from anysite.learner import build_learner
 from anysite.maps import Prediction
+from anysite.networks import Network
 from anysite.networks.synthesiser import Synthesiser
 from anysite.objectives import Step
 from anysite.objectives.reflection import Reflection, spoil_mask
@@ -309,6 +312,50 @@ def test_what_an_adapter_lowers_gets_lower(name: str, run: Run, image: Volume) -
     assert after >= before if name == "refseg" else after < before
 
 
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_standard_views_of_a_network_that_sees_every_voxel_alone_are_the_image_itself(
+    dimension: Literal[2, 3],
+) -> None:
+    """Its prediction moves with the image, so that every view has to come back to where it was."""
+
+    class Threshold(Network):
+        def encode(self, image: Tensor) -> list[Tensor]:
+            return [image]
+
+        def decode(self, features: list[Tensor]) -> Tensor:
+            return torch.cat([-8 * features[0], 8 * features[0]], 1)
+
+    shape = (48,) * dimension
+    ball = np.linalg.norm(np.indices(shape) - 23.5, axis=0) < 14
+    window = torch.from_numpy(ndimage.gaussian_filter(2.0 * ball - 1, 1.0).astype(np.float32))[None, None]
+    plan = Plan(
+        dimension=dimension, image_dimension=dimension, unit="mm", spacing=(1.0,) * dimension, patch_size=shape,
+        axes="RAS", channels=1, classes=("background", "ball"), label_values=(0, 1),
+        normalisation=(Normalisation(kind="none"),),
+    )  # fmt: skip
+    own = measure_shares(window[0].numpy(), 64)
+    adapter = StandardViews()
+    adapter.attach(Threshold(1, 2, shape), plan, None, own)
+    expected = adapter.predict(window).argmax(1)
+    adapter.look(window[0])
+    assert adapter.adapt(window)["views"] == 6
+    differs = adapter.predict(window).argmax(1) != expected
+    assert differs.float().mean() < 0.01
+
+
+def test_standardised_intensities_are_those_usual_whatever_a_scanner_made_of_them() -> None:
+    rng = np.random.default_rng(0)
+    image = torch.from_numpy(np.where(rng.random((1, 64, 64)) < 0.5, -0.7, rng.normal(0.7, 0.6, (1, 64, 64))))
+    image = image.float()
+    usual = measure_shares(image.numpy(), 64)
+    torch.testing.assert_close(standardise(image[None], usual, usual)[0], image, rtol=0, atol=1e-3)
+    bent = image.clamp(-1.5, 4) * 1.3 + 0.4
+    own = measure_shares(bent.numpy(), 64)
+    found = standardise(torch.cat([bent, bent])[None], own, usual)[0]  # two slices of one channel
+    assert torch.equal(found[0], found[1])
+    assert (found[0] - image[0]).abs().mean() < 0.05 < (bent - image).abs().mean()
+
+
 @pytest.mark.parametrize("subset", ["norm", "first", "all"])
 def test_only_the_chosen_parameters_change(subset: Any, run: Run, image: Volume) -> None:
     adapter = attached("refseg", run, subset=subset, least_gain=-1.0, learning_rate=3e-4)
@@ -390,6 +437,8 @@ def test_nothing_found_is_nothing_to_adapt_by(run: Run, image: Volume) -> None:
         ("fourier_prompt", {"window": 0.0}, "window"),
         ("intensity_views", {"gamma": 1.0}, "gamma"),
         ("intensity_views", {"blur_voxels": -1.0}, "blur_voxels"),
+        ("standard_views", {"sizes": [0.8, 1.0]}, "sizes"),
+        ("standard_views", {"sizes": [-0.8]}, "sizes"),
         ("refseg", {"margin_voxels": 0}, "margin_voxels"),
         ("batch_statistics", {"source_share": 1.5}, "source_share"),
     ],
@@ -451,6 +500,10 @@ def test_only_images_unlike_those_known_are_adapted_to() -> None:
     assert reason(histogram=0.9, combined=0.3, entropy=7.0) == NOT_SHIFTED
     assert reason(histogram=1.1, combined=0.3) == ""
     assert reason(histogram=None, combined=0.3) == ""
+    assert reason(histogram=0.9, combined=0.3, quality=0.3) == NOT_SHIFTED
+    assert reason(histogram=0.9, combined=0.3, quality=0.5) == ""
+    settings = settings.model_copy(update={"least_doubt": None})
+    assert reason(histogram=0.9, combined=0.3, quality=7.0) == NOT_SHIFTED
     assert find_reason_against(settings, None, of_shift) == NOT_JUDGED
     assert find_reason_against(settings.model_copy(update={"only_shifted": False}), None, of_shift) == ""
 

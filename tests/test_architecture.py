@@ -21,7 +21,7 @@ LAYERS = [
     {"data", "metrics", "calibration"},
     {"axes"},
     {"amplitude", "random_convolution"},
-    {"augment", "corrupt", "masking", "sides", "similarity"},
+    {"augment", "corrupt", "intensities", "masking", "sides", "similarity"},
     {"plan"},
     {"windows", "planning"},
     {"patches"},

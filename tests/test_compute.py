@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,6 +91,23 @@ def test_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch)
     calls.clear()
     assert not compute.keep_freed_memory()
     assert not calls
+
+
+@pytest.mark.skipif(compute.platform.libc_ver()[0] != "glibc", reason="no glibc")
+def test_freed_memory_that_was_kept_is_given_back_when_asked() -> None:
+    program = (
+        "from anysite import compute\n"
+        "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
+        "compute.keep_freed_memory()\n"
+        "import torch\n"
+        "blocks = [torch.ones(2**18) for _ in range(100)]\n"
+        "del blocks\n"
+        "kept = resident()\n"
+        "compute.release_freed_memory()\n"
+        "print(kept - resident())\n"
+    )
+    said = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert int(said.stdout) > 50 * 2**20
 
 
 @pytest.mark.parametrize(

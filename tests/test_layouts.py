@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from anysite.data.classes import infer_classes
+from anysite.data import classes
+from anysite.data.classes import count_values, infer_classes
 from anysite.data.layouts import find_cases, open_dataset, open_images
 from anysite.errors import DataError, LabelError
 
@@ -482,3 +483,11 @@ def test_bids_faults(bids):
     (bids / "derivatives/manual/dseg.tsv").unlink()
     with pytest.raises(DataError, match="the name sub-02_pre_T1w.png"):
         find_cases(bids)
+
+
+@pytest.mark.parametrize("highest", [3, 2**20])
+def test_values_are_counted_as_numpy_counts_them(highest, monkeypatch):
+    monkeypatch.setattr(classes, "BLOCK_VOXELS", 7)
+    label = np.random.default_rng(0).choice([0, 1, highest], (3, 4, 5)).astype(np.int32)
+    values, counts = np.unique(label, return_counts=True)
+    assert count_values(label) == dict(zip(values.tolist(), counts.tolist(), strict=True))

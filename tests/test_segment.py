@@ -69,6 +69,16 @@ def test_an_ensemble_is_the_mean_of_its_members(members: list[Run], image: Volum
     np.testing.assert_array_equal(found.label.array[0], np.mean(single, axis=0).argmax(0))
 
 
+def test_members_of_one_plan_share_the_image_on_its_grid(
+    members: list[Run], image: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Plan] = []
+    to_grid = Plan.to_grid
+    monkeypatch.setattr(Plan, "to_grid", lambda plan, image: made.append(plan) or to_grid(plan, image))
+    Segmenter(members, EXACT, "cpu").segment(image)
+    assert made == [members[0].plan, members[2].plan]
+
+
 def test_what_networks_disagree_about_needs_no_judge(members: list[Run], image: Volume) -> None:
     assert not any(run.judge for run in members)
     verdict = Segmenter(members).segment(image).verdict

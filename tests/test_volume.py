@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nibabel.orientations import aff2axcodes
 from scipy import ndimage
 
-from anysite.data.volume import Volume, interpolate
+from anysite.data.volume import Volume, interpolate, interpolation_matrix
 from anysite.errors import GeometryError
 
 AXES = ["".join(order) for letters in product("RL", "AP", "SI") for order in permutations(letters)]
@@ -110,6 +110,11 @@ def test_interpolation_is_scipys(shape, new_shape, order, seed):
     found = interpolate(array, new_shape, order)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_no_weight_of_an_interpolation_is_so_small_that_processors_are_slow_with_it():
+    weights = abs(interpolation_matrix(512, 256, 3))
+    assert weights[weights > 0].min() > np.finfo(np.float32).tiny
 
 
 def test_halfway_between_two_voxels_the_nearest_one_counts():

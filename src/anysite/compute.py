@@ -107,3 +107,9 @@ def keep_freed_memory() -> bool:
         library.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES), library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     ]  # fmt: skip
     return all(taken)
+
+
+def release_freed_memory() -> None:
+    """Give freed blocks that `keep_freed_memory` kept back to the kernel, before something large follows."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Adaptation that does no harm: only of images unlike those known, checked afterwards, undone where it went astray."""
+"""Adaptation that does no harm: only where image or mask are in doubt, checked afterwards, undone where it erred."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from anysite.detectors import Output
-from anysite.judge import Verdict
+from anysite.judge import QUALITY, Verdict
 from anysite.settings import AdaptSettings
 
-NOT_SHIFTED = "the image is like those known"
+NOT_SHIFTED = "the image is like those known, and its mask is not in doubt"
 NOT_JUDGED = "nothing says whether the image is unlike those known"
 NOT_LEARNED = "the run has learned nothing to adapt by"
 NOTHING_FOUND = "nothing was found to adapt by"
@@ -48,9 +48,12 @@ def find_reason_against(settings: AdaptSettings, verdict: Verdict | None, shift_
         return ""
     if verdict is None:
         return NOT_JUDGED
-    scores = [score for name, score in verdict.scores.items() if name in shift_scores]
-    shifted = any(score is None or score > 1 for score in scores)
-    return "" if shifted else NOT_SHIFTED
+    limits = dict.fromkeys(shift_scores, 1.0)
+    if settings.least_doubt is not None:
+        limits[QUALITY] = settings.least_doubt
+    scores = [(score, limits[name]) for name, score in verdict.scores.items() if name in limits]
+    odd = any(score is None or score > limit for score, limit in scores)
+    return "" if odd else NOT_SHIFTED
 
 
 def find_fault(settings: AdaptSettings, before: Output, after: Output) -> tuple[str, float]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float
 from scipy import special
 
 from anysite import quality, registry
@@ -95,6 +96,12 @@ class Judge:
     def shift_scores(self) -> set[str]:
         """The scores that speak of the image, and not of its mask."""
         return {COMBINED, *(name for name, detector in self.detectors.items() if detector.of_shift)}
+
+    @property
+    def usual_intensities(self) -> Float[np.ndarray, "c k"] | None:
+        """How the intensities of training images are distributed; none where no detector has learned it."""
+        known = (detector.usual_intensities for detector in self.detectors.values())
+        return next((shares for shares in known if shares is not None), None)
 
     def describe(self, output: Output) -> dict[str, Vector]:
         """Return the vector of every detector that can describe an output, all that needs to be kept of it.

@@ -16,7 +16,7 @@ from anysite.guard import Adaptation
 from anysite.judge import Verdict
 from anysite.plan import Plan
 
-BLOCK_VALUES = 2**26  # probabilities on an image's own grid in memory at a time
+BLOCK_VALUES = 2**22  # probabilities on an image's own grid at a time: few enough for a cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +35,14 @@ class GridMaps:
         """Return every network's probabilities at some rows of the image's first axis."""
         return [plan.rows_from_grid(maps, self.native, rows) for plan, maps in self.parts]
 
+    @property
+    def values(self) -> int:
+        """The probabilities of all networks on the image's own grid."""
+        return math.prod(self.native.shape) * sum(len(maps) for _, maps in self.parts)
+
     def blocks(self) -> Iterator[slice]:
         """Yield rows that together are the image, as many at a time as leave memory to others."""
-        voxels = math.prod(self.native.shape[1:]) * sum(len(maps) for _, maps in self.parts)
+        voxels = self.values // self.native.shape[0]
         step = max(1, BLOCK_VALUES // voxels)
         for start in range(0, self.native.shape[0], step):
             yield slice(start, min(start + step, self.native.shape[0]))

@@ -41,6 +41,7 @@ ADAPTERS = {
     "denoising_prior": "anysite.adapters.denoising_prior:DenoisingPrior",
     "fourier_prompt": "anysite.adapters.fourier_prompt:FourierPrompt",
     "intensity_views": "anysite.adapters.intensity_views:IntensityViews",
+    "standard_views": "anysite.adapters.standard_views:StandardViews",
     "batch_statistics": "anysite.adapters.batch_statistics:BatchStatistics",
 }
 

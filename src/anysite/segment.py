@@ -108,8 +108,10 @@ class Segmenter:
         drawings: dict[str, Tensor] = {}
         first: list[tuple[Plan, Tensor]] = []
         last: list[tuple[Plan, Tensor]] = []
-        for member, judge, adapter in zip(self.members, self.judges, self.adapters, strict=True):
-            grid = member.plan.to_grid(image)
+        native = image.without_voxels()
+        grids = _to_grids(image, [member.plan for member in self.members])
+        del image  # a large one would lie beside all that follows
+        for grid, member, judge, adapter in zip(grids, self.members, self.judges, self.adapters, strict=True):
             watch = judge is not None or adapter is not None
             before = after = self._predict(grid, member, watch=watch)
             verdict = None
@@ -125,8 +127,9 @@ class Segmenter:
                 drawings = drawings or drawn
             first.append((member.plan, torch.from_numpy(before.probabilities)))
             last.append((member.plan, torch.from_numpy(after.probabilities)))
-        native = image.without_voxels()
         maps = GridMaps(native, tuple(last))
+        if maps.values > compute.KEPT_BYTES:
+            compute.release_freed_memory()
         label, agreement = self._decide(maps)
         unadapted = None
         if any(adaptation.kept for adaptation in adaptations):
@@ -180,9 +183,9 @@ class Segmenter:
             method = AUTO
         adapter: Adapter = registry.build("adapter", method, **self.settings.adapt.settings)
         adapter.name = method
-        adapter.attach(
-            member.network, member.plan, None if reflection is None else reflection.to(self.device)
-        )
+        reflection = None if reflection is None else reflection.to(self.device)
+        usual = None if run.judge is None else run.judge.usual_intensities
+        adapter.attach(member.network, member.plan, reflection, usual)
         return adapter
 
     def _adapt(
@@ -205,6 +208,7 @@ class Segmenter:
             with torch.random.fork_rng(devices=[]), self._autocast(learning=True):
                 torch.default_generator.manual_seed(0)
                 drawn = [adapter.draw(shown)]
+                adapter.look(grid)
                 observed = adapter.adapt(windows)
                 drawn.append(adapter.draw(shown))
             facts = {name: value for name, value in observed.items() if math.isfinite(value)}
@@ -314,6 +318,15 @@ class _Member:
 def _choose_plan(run: Run, task: str | None) -> Plan:
     unknown = run.config.objectives.get("supervised", {}).get("unknown", "background")
     return run.plan.for_task(task, unknown) if task else run.plan.model_copy(update={"unknown": unknown})
+
+
+def _to_grids(image: Volume, plans: Sequence[Plan]) -> list[Float[Tensor, "c *s"]]:
+    """Return the image on every plan's grid, made once for those that are equal."""
+    grids: list[Tensor] = []
+    for index, plan in enumerate(plans):
+        same = plans.index(plan)
+        grids.append(grids[same] if same < index else plan.to_grid(image))
+    return grids
 
 
 def choose_windows(

@@ -218,7 +218,12 @@ class AdaptSettings(Settings):
         description="of the probabilities before adapting in those after it, which are averaged",
     )
     only_shifted: bool = Field(
-        default=True, description="adapt to images alone that the judge finds unlike those known"
+        default=True,
+        description="adapt to images alone that the judge finds unlike those known, or whose mask it doubts",
+    )
+    least_doubt: float | None = Field(
+        default=0.4,
+        description="the judge's score quality above which a mask is in doubt: 0 as usual, 1 at its limit; none: never",
     )
     guard: bool = Field(default=True, description="undo what fails the checks below")
     volume_ratio: Range = Field(default=(0.5, 2.0), description="of what is found after and before")

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ Subset = Literal["norm", "first", "all"]
 class Adapter(ABC):
     """A network that may be changed for one image and then is as before; constructor arguments are its settings.
 
-    `attach` is called once, then for every image `adapt`, `predict` on all windows, and `reset`.
+    `attach` is called once, then for every image `look`, `adapt`, `predict` on all windows, and `reset`.
 
     Attributes:
         needs_reflection: Whether it needs what a training with the objective `reflection` learned.
@@ -32,8 +33,20 @@ class Adapter(ABC):
     needs_reflection: ClassVar[bool] = False
     name = ""
 
-    def attach(self, network: Network, plan: Plan, reflection: Reflection | None) -> None:
+    def attach(
+        self,
+        network: Network,
+        plan: Plan,
+        reflection: Reflection | None,
+        usual: Float[np.ndarray, "c k"] | None = None,
+    ) -> None:
         """Take a copy of the network; that of the run is never changed.
+
+        Args:
+            network: Of the run.
+            plan: Of the run.
+            reflection: What the objective `reflection` learned.
+            usual: Shares of training images' voxels in bins of intensity.
 
         Raises:
             ConfigError: the network or the run lack what the method needs.
@@ -46,8 +59,12 @@ class Adapter(ABC):
                 fix="train with --set objectives.reflection={}",
             )
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self.plan, self.reflection = plan, reflection
+        self.plan, self.reflection, self.usual = plan, reflection, usual
         self._original = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+
+    def look(self, image: Float[Tensor, "c *s"]) -> None:
+        """Take from a whole image what is needed of it, on the plan's grid; nothing by default."""
+        return
 
     @abstractmethod
     def adapt(self, windows: Float[Tensor, "b c *p"]) -> dict[str, float]:

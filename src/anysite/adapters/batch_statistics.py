@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -29,13 +30,19 @@ class BatchStatistics(Adapter):
         require_fractions("adapter batch_statistics", source_share=source_share)
         self.source_share = source_share
 
-    def attach(self, network: Network, plan: Plan, reflection: Reflection | None) -> None:
+    def attach(
+        self,
+        network: Network,
+        plan: Plan,
+        reflection: Reflection | None,
+        usual: Float[np.ndarray, "c k"] | None = None,
+    ) -> None:
         """Find the layers.
 
         Raises:
             ConfigError: there are none with statistics of training.
         """
-        super().attach(network, plan, reflection)
+        super().attach(network, plan, reflection, usual)
         norms = [module for module in self.network.modules() if isinstance(module, NORMS)]
         self.norms = [norm for norm in norms if norm.running_mean is not None]
         if not self.norms:

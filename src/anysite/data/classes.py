@@ -111,6 +111,7 @@ def _single(value: int | str | list[int]) -> bool:
     return isinstance(value, int) or (isinstance(value, list) and len(value) == 1)
 
 
+BLOCK_VOXELS = 2**22  # counted at a time
 MOST_INFERRED = 254  # a mask with smoothed edges has every grey value up to 255, its white
 
 
@@ -145,7 +146,9 @@ def infer_classes(values: Collection[int], where: object = "") -> tuple[tuple[st
 def count_values(label: np.ndarray) -> dict[int, int]:
     """Count the voxels of each value in a label array of non-negative integers."""
     if label.max() < 2**20:  # counting needs no sort
-        counts = np.bincount(label.ravel())
+        flat, bins = label.ravel(), int(label.max()) + 1
+        parts = (flat[start : start + BLOCK_VOXELS] for start in range(0, flat.size, BLOCK_VOXELS))
+        counts = np.sum([np.bincount(part, minlength=bins) for part in parts], axis=0)
         return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
     values, counts = np.unique(label, return_counts=True)
     return dict(zip(values.tolist(), counts.tolist(), strict=True))

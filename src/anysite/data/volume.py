@@ -23,6 +23,7 @@ from anysite.errors import GeometryError
 Interpolation = Literal["linear", "cubic", "label"]
 TIE_BREAK = 1e-4
 BLOCK_VOXELS = 2**24
+LEAST_WEIGHT = 1e-9  # less changes no float32, and the least of them would be subnormal, which are slow
 SPACING_MM = (1e-4, 1e4)  # anything beyond is a damaged header
 COSINE_OF_SHEAR = 0.02  # axes that meet at 90 degrees give or take one
 
@@ -204,6 +205,7 @@ def interpolation_matrix(size: int, new_size: int, order: int) -> np.ndarray:
     ndimage.zoom(
         unit_vectors, (new_size / size, 1), output=result, order=order, mode="nearest", grid_mode=True
     )
+    result[abs(result) < LEAST_WEIGHT] = 0
     return result.astype(np.float32)
 
 

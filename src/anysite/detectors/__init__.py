@@ -111,6 +111,11 @@ class Detector(ABC):
     def __init__(self) -> None:
         self.memory: dict[str, np.ndarray] = {}
 
+    @property
+    def usual_intensities(self) -> Float[np.ndarray, "c k"] | None:
+        """The shares of a training image's voxels in bins of intensity, channel by channel, where it knows them."""
+        return None
+
     def can_describe(self, output: Output) -> bool:
         """Tell whether an output holds what this detector looks at."""
         return True

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Float
 
 from anysite.detectors import Detector, Output, Vector, Vectors
 from anysite.detectors.mahalanobis import learn_components, measure
+from anysite.intensities import measure_shares
 from anysite.networks import require_counts, require_fractions
-
-LOWEST, HIGHEST = (
-    -4.0,
-    6.0,
-)  # of normalised intensities, in standard deviations; beyond counts in the outer bins
 
 
 class Histogram(Detector):
@@ -37,10 +34,12 @@ class Histogram(Detector):
 
     def describe(self, output: Output) -> Vector:
         """Return the square roots of the shares of every bin, channel after channel."""
-        edges = np.linspace(LOWEST, HIGHEST, self.bins + 1)
-        counts = [np.histogram(np.clip(c, LOWEST, HIGHEST), edges)[0] for c in output.image]
-        shares = np.concatenate(counts) / output.image[0].size
-        return np.sqrt(shares)
+        return np.sqrt(measure_shares(output.image, self.bins).ravel())
+
+    @property
+    def usual_intensities(self) -> Float[np.ndarray, "c k"]:
+        """The shares of every bin in a training image, channel by channel."""
+        return np.square(self.memory["mean"]).reshape(-1, self.bins)
 
     def fit(self, vectors: Vectors) -> None:
         """Learn the principal components of training histograms."""
