@@ -35,7 +35,7 @@ from anysite.train import train
 CORRUPTIONS = ("gamma_dark", "low_contrast", "bias_field", "gaussian_noise", "motion_blur", "low_resolution")
 SETTINGS = [
     "network.width=8", "train.batch_size=4", "plan.patch_size=[128,128]", "predict.flips=false",
-    'test_domains=["west"]', "objectives.reflection={}", "judge.detectors={}", "calibration.kind=none",
+    'test_domains=["west"]', "objectives.reflection={}", "judge.detectors={histogram={}}", "calibration.kind=none",
 ]  # fmt: skip
 TRIALS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("refseg", {}),
@@ -115,6 +115,8 @@ def main() -> None:
             }
         ]  # fmt: skip
         wanted = arguments.only.split(",") if arguments.only else [name for name, _ in TRIALS]
+        if unknown := {*wanted} - {name for name, _ in TRIALS}:
+            parser.error(f"--only {', '.join(sorted(unknown))}: not among the trials")
         for adapter, own in (trial for trial in TRIALS if trial[0] in wanted):
             chosen = choose_adapter(usual, f"{adapter}:always")
             adapt = chosen.adapt.model_copy(update={"settings": own})

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+
 from evidence_page import RESULTS, between_markers, read_index
 
-from anysite.report.adaptation import KINDS, Gain, describe_adaptations
-from anysite.report.read import read_sources
+from anysite import registry
+from anysite.guard import find_reason_against
+from anysite.judge import COMBINED, Verdict
+from anysite.judgement import ADAPTED, SCORE
+from anysite.report.adaptation import KINDS, PLAIN, Gain, Key, describe_adaptations
+from anysite.report.read import Row, read_sources
 from anysite.rows import read_rows
+from anysite.settings import AdaptSettings
 from anysite.statistics import Estimate
 
 HEAD = (
@@ -23,6 +31,8 @@ def write_adaptation_tables(text: str) -> str:
             continue
         rows = [row for source in read_sources([RESULTS / name]) for row in source.rows]
         commits = ", ".join(sorted({f"`{row['commit']}`" for row in read_rows(RESULTS / name)}))
+        for least_doubt in entry.get("gate", "").split():
+            rows += let_the_gate_decide(rows, float(least_doubt))
         results = describe_adaptations(rows)
         for method in dict.fromkeys(result.method for result in results):
             lines += [f"**{entry['title']}, trained by `{method}`**", ""]
@@ -34,11 +44,55 @@ def write_adaptation_tables(text: str) -> str:
     return between_markers(text, lines)
 
 
+def let_the_gate_decide(rows: Sequence[Row], least_doubt: float) -> list[Row]:
+    """Return the rows of adapters that were given every image as the gate would have had them.
+
+    Where it stays closed the mask is that without adaptation. The gate's own function decides, by the scores that lie
+    beside.
+    """
+    shift_scores = {COMBINED, *(n for n in registry.DETECTORS if registry.find("detector", n).of_shift)}
+    scores: dict[Key, dict[str, float | None]] = defaultdict(dict)
+    plain: dict[Key, float | None] = {}
+    for row in rows:
+        if row.adapt in PLAIN and row.metric.startswith(SCORE):
+            scores[_image(row)][row.metric.removeprefix(SCORE)] = row.value
+        elif row.adapt in PLAIN and row.metric == "dice":
+            plain[*_image(row), row.class_name] = row.value
+    settings, decided = AdaptSettings(least_doubt=least_doubt), []
+    gate = " behind the gate" + ("" if settings == AdaptSettings() else f", `least_doubt={least_doubt:g}`")
+    for row in rows:
+        if (
+            " " in row.adapt
+            or row.adapt in PLAIN
+            or row.adapt.endswith(":always")
+            or row.metric not in ("dice", ADAPTED)
+        ):
+            continue
+        verdict = Verdict("review", (), scores[_image(row)])
+        closed = bool(find_reason_against(settings, verdict, shift_scores))
+        before = 0.0 if row.metric == ADAPTED else plain[*_image(row), row.class_name]
+        value = before if closed else row.value
+        decided.append(row.model_copy(update={"adapt": row.adapt + gate, "value": value}))
+    return decided
+
+
+def _image(row: Row) -> Key:
+    run = (row.dataset, row.method, row.seed, row.train_domains, row.labels, row.overrides)
+    return (*run, row.domain, row.case, row.corruption_version, row.severity)
+
+
 def _describe(adapter: str, gain: Gain) -> str:
     low, high = gain.harmed_interval
     harmed = f"{gain.harmed} ({100 * gain.harmed / gain.images:.1f} [{100 * low:.1f}, {100 * high:.1f}] %)"
     worst = f"{100 * gain.worst[0][1]:.1f}" if gain.worst else "-"
-    cells = [f"`{adapter}`", KINDS[gain.kind], str(gain.images), str(gain.adapted), _text(gain.gain)]
+    name, _, gate = adapter.partition(" ")
+    cells = [
+        f"`{name}` {gate}".strip(),
+        KINDS[gain.kind],
+        str(gain.images),
+        str(gain.adapted),
+        _text(gain.gain),
+    ]
     cells += [_text(gain.gain_adapted), harmed, str(gain.helped), worst]
     return f"| {' | '.join(cells)} |"
 

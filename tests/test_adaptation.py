@@ -33,7 +33,6 @@ from anysite.evaluate import evaluate
 from anysite.guard import (
     NO_BETTER,
     NOT_JUDGED,
-    NOT_LEARNED,
     NOT_SHIFTED,
     NOTHING_FOUND,
     find_fault,
@@ -312,48 +311,71 @@ def test_what_an_adapter_lowers_gets_lower(name: str, run: Run, image: Volume) -
     assert after >= before if name == "refseg" else after < before
 
 
+class Threshold(Network):
+    """Sees every voxel by itself, so that its prediction moves with the image."""
+
+    def encode(self, image: Tensor) -> list[Tensor]:
+        return [image]
+
+    def decode(self, features: list[Tensor]) -> Tensor:
+        return torch.cat([-4 * features[0], 4 * features[0]], 1)
+
+
+@pytest.mark.parametrize("size", [0.85, 1.18])
 @pytest.mark.parametrize("dimension", [2, 3])
-def test_standard_views_of_a_network_that_sees_every_voxel_alone_are_the_image_itself(
-    dimension: Literal[2, 3],
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_view_of_another_size_comes_back_to_where_it_was(
+    precision: str, dimension: Literal[2, 3], size: float
 ) -> None:
-    """Its prediction moves with the image, so that every view has to come back to where it was."""
-
-    class Threshold(Network):
-        def encode(self, image: Tensor) -> list[Tensor]:
-            return [image]
-
-        def decode(self, features: list[Tensor]) -> Tensor:
-            return torch.cat([-8 * features[0], 8 * features[0]], 1)
-
-    shape = (48,) * dimension
-    ball = np.linalg.norm(np.indices(shape) - 23.5, axis=0) < 14
-    window = torch.from_numpy(ndimage.gaussian_filter(2.0 * ball - 1, 1.0).astype(np.float32))[None, None]
+    shape = (512, 96) if dimension == 2 else (40, 48, 56)
+    places = np.indices(shape) - np.reshape([0.3 * n for n in shape], (-1, *[1] * dimension))
+    ball = np.linalg.norm(places, axis=0) < 0.2 * min(shape)
+    window = torch.from_numpy(ndimage.gaussian_filter(2.0 * ball - 1, 1.5).astype(np.float32))[None, None]
     plan = Plan(
         dimension=dimension, image_dimension=dimension, unit="mm", spacing=(1.0,) * dimension, patch_size=shape,
         axes="RAS", channels=1, classes=("background", "ball"), label_values=(0, 1),
         normalisation=(Normalisation(kind="none"),),
     )  # fmt: skip
-    own = measure_shares(window[0].numpy(), 64)
-    adapter = StandardViews()
-    adapter.attach(Threshold(1, 2, shape), plan, None, own)
-    expected = adapter.predict(window).argmax(1)
-    adapter.look(window[0])
-    assert adapter.adapt(window)["views"] == 6
-    differs = adapter.predict(window).argmax(1) != expected
-    assert differs.float().mean() < 0.01
+    adapter = StandardViews(sizes=(size,))
+    adapter.attach(Threshold(1, 2, shape), plan, None)
+    expected = adapter.probabilities(adapter.network(window))[:, 1]
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        chances, shown = adapter._look_at(window, size)
+    inside = torch.as_tensor(shown).expand_as(chances)[:, 1] > 0
+    assert inside.all() == (size < 1)
+    assert inside.float().mean() > 0.5
+    assert (chances[:, 1] - expected)[inside].abs().max() < 0.3  # a voxel aside it is more
 
 
 def test_standardised_intensities_are_those_usual_whatever_a_scanner_made_of_them() -> None:
     rng = np.random.default_rng(0)
-    image = torch.from_numpy(np.where(rng.random((1, 64, 64)) < 0.5, -0.7, rng.normal(0.7, 0.6, (1, 64, 64))))
-    image = image.float()
-    usual = measure_shares(image.numpy(), 64)
-    torch.testing.assert_close(standardise(image[None], usual, usual)[0], image, rtol=0, atol=1e-3)
-    bent = image.clamp(-1.5, 4) * 1.3 + 0.4
+    image = np.where(rng.random((2, 64, 64)) < 0.5, -0.7, rng.normal(0.7, 0.6, (2, 64, 64))).astype(
+        np.float32
+    )
+    image[1] *= -1  # another channel, another distribution
+    image[0, 0, 0] = 9.0  # beyond the bins
+    usual = measure_shares(image, 64)
+    shown = torch.from_numpy(image)
+    torch.testing.assert_close(standardise(shown[None], usual, usual)[0], shown, rtol=0, atol=1e-3)
+    bent = shown.clamp(-4, 4) * 1.3 + 0.4
     own = measure_shares(bent.numpy(), 64)
-    found = standardise(torch.cat([bent, bent])[None], own, usual)[0]  # two slices of one channel
-    assert torch.equal(found[0], found[1])
-    assert (found[0] - image[0]).abs().mean() < 0.05 < (bent - image).abs().mean()
+    found = standardise(torch.cat([bent, bent])[None], own, usual)[0]  # two slices of two channels
+    assert torch.equal(found[:2], found[2:])
+    assert (found[:2] - shown).abs().mean() < 0.05 < (bent - shown).abs().mean()
+
+
+def test_a_background_of_one_value_goes_to_that_of_training_however_large_it_is() -> None:
+    rng = np.random.default_rng(1)
+
+    def picture(share: float, background: float) -> np.ndarray:
+        tissue = rng.normal(0.9, 0.5, (1, 100, 100))
+        return np.where(rng.random((1, 100, 100)) < share, background, tissue).astype(np.float32)
+
+    usual = measure_shares(picture(0.4, -0.7), 64)
+    for background in np.linspace(-0.6, -0.3, 7):
+        image = picture(0.6, float(background))
+        found = standardise(torch.from_numpy(image)[None], measure_shares(image, 64), usual)[0].numpy()
+        assert np.abs(found[image == np.float32(background)] + 0.7).max() < 0.32  # the width of two bins
 
 
 @pytest.mark.parametrize("subset", ["norm", "first", "all"])
@@ -500,10 +522,11 @@ def test_only_images_unlike_those_known_are_adapted_to() -> None:
     assert reason(histogram=0.9, combined=0.3, entropy=7.0) == NOT_SHIFTED
     assert reason(histogram=1.1, combined=0.3) == ""
     assert reason(histogram=None, combined=0.3) == ""
+    assert reason(histogram=0.9, combined=0.3, quality=0.9) == NOT_SHIFTED
+    assert reason(histogram=0.9, combined=0.3, quality=1.1) == ""
+    settings = settings.model_copy(update={"least_doubt": 0.4})
     assert reason(histogram=0.9, combined=0.3, quality=0.3) == NOT_SHIFTED
     assert reason(histogram=0.9, combined=0.3, quality=0.5) == ""
-    settings = settings.model_copy(update={"least_doubt": None})
-    assert reason(histogram=0.9, combined=0.3, quality=7.0) == NOT_SHIFTED
     assert find_reason_against(settings, None, of_shift) == NOT_JUDGED
     assert find_reason_against(settings.model_copy(update={"only_shifted": False}), None, of_shift) == ""
 
@@ -623,7 +646,7 @@ def test_a_configured_adapter_costs_a_training_neither_calibration_nor_judge(
     assert run.judge is not None
     assert (run.path / "calibration.json").exists()
     found = Segmenter([run]).segment(phantom.cases[0].image())
-    assert [adaptation.reason for adaptation in found.adaptations] == [NOT_LEARNED]
+    assert [adaptation.method for adaptation in found.adaptations] == ["standard_views"]
     for wrong, message in (("predict.adapt.method=tnet", "tnet"), ("predict.task=heart", "heart")):
         with pytest.raises(ConfigError, match=message):
             train(phantom, small_config("train.steps=2", wrong), tmp_path / "wrong")

@@ -10,9 +10,8 @@ from anysite.detectors import Output
 from anysite.judge import QUALITY, Verdict
 from anysite.settings import AdaptSettings
 
-NOT_SHIFTED = "the image is like those known, and its mask is not in doubt"
+NOT_SHIFTED = "the image is like those known, and nothing says that its mask is in doubt"
 NOT_JUDGED = "nothing says whether the image is unlike those known"
-NOT_LEARNED = "the run has learned nothing to adapt by"
 NOTHING_FOUND = "nothing was found to adapt by"
 NO_BETTER = "the method found nothing better"
 
@@ -48,9 +47,7 @@ def find_reason_against(settings: AdaptSettings, verdict: Verdict | None, shift_
         return ""
     if verdict is None:
         return NOT_JUDGED
-    limits = dict.fromkeys(shift_scores, 1.0)
-    if settings.least_doubt is not None:
-        limits[QUALITY] = settings.least_doubt
+    limits = dict.fromkeys(shift_scores, 1.0) | {QUALITY: settings.least_doubt}
     scores = [(score, limits[name]) for name, score in verdict.scores.items() if name in limits]
     odd = any(score is None or score > limit for score, limit in scores)
     return "" if odd else NOT_SHIFTED

@@ -24,24 +24,28 @@ def measure_shares(image: Float[np.ndarray, "c *s"], bins: int) -> Float[np.ndar
 def standardise(
     windows: Float[Tensor, "b n *p"], own: Float[np.ndarray, "c k"], usual: Float[np.ndarray, "c k"]
 ) -> Float[Tensor, "b n *p"]:
-    """Give an image the intensities that images usually have: histogram matching, linear within a bin.
+    """Give an image the intensities that images usually have: histogram matching, linear from bin to bin.
 
-    In the spirit of Nyul, Udupa, Zhang, 2000, https://doi.org/10.1109/42.836373, with bins in place of landmarks.
+    In the spirit of Nyul, Udupa, Zhang, 2000, https://doi.org/10.1109/42.836373, with bins in place of landmarks. A
+    bin goes to where the middle of its voxels would lie, so that a background of one value goes to the usual one.
 
     Args:
         windows: Of the image; its channels, or those of neighbouring slices, one slice after the other.
         own: Shares of the image's voxels in every bin.
         usual: Those of training images.
     """
-    edges = np.linspace(LOWEST, HIGHEST, own.shape[1] + 1)
-    places = [(_accumulate(one), _accumulate(other)) for one, other in zip(own, usual, strict=True)]
-    result = windows.cpu().numpy().astype(np.float32)
-    for index in range(result.shape[1]):
-        before, after = places[index % len(places)]
-        result[:, index] = np.interp(np.interp(result[:, index], edges, before), after, edges)
+    width = (HIGHEST - LOWEST) / own.shape[1]
+    centres = LOWEST + width * (np.arange(own.shape[1]) + 0.5)
+    ranks = [(_rank(one), _rank(other)) for one, other in zip(own, usual, strict=True)]
+    values = windows.cpu().numpy().astype(np.float32)
+    result = values - np.clip(values, centres[0], centres[-1])  # what lies beyond keeps its distance
+    for index in range(values.shape[1]):
+        before, after = ranks[index % len(ranks)]
+        result[:, index] += np.interp(np.interp(values[:, index], centres, before), after, centres)
     return torch.from_numpy(result).to(windows)
 
 
-def _accumulate(shares: Float[np.ndarray, " k"]) -> Float[np.ndarray, " _"]:
-    total = np.cumsum([0.0, *(shares + LEAST_SHARE)])
-    return total / total[-1]
+def _rank(shares: Float[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
+    """Return the share of voxels below the middle of every bin's voxels."""
+    least = shares + LEAST_SHARE
+    return (np.cumsum(least) - least / 2) / least.sum()

@@ -23,7 +23,6 @@ from anysite.detectors import Agreement, Layer, Output, add_layers
 from anysite.errors import ConfigError, RunError, describe_error
 from anysite.guard import (
     NO_BETTER,
-    NOT_LEARNED,
     NOTHING_FOUND,
     Adaptation,
     changed_share,
@@ -39,7 +38,7 @@ from anysite.runs import Run, is_pretraining
 from anysite.settings import PredictSettings
 from anysite.windows import cut_patch, place_windows, slide
 
-AUTO = "refseg"  # the adapter of `auto`
+WITH_REFLECTION, WITHOUT = "refseg", "standard_views"  # the adapters of `auto`
 
 
 class Segmenter:
@@ -119,8 +118,6 @@ class Segmenter:
                 image_alone = not segments_as_judged(member.config, member.plan, self.settings)
                 verdict = judge.judge(before, self.settings.least_dice, image_alone=image_alone)
                 verdicts.append(verdict)
-            if adapter is None and self.settings.adapt.method != "none":
-                adaptations.append(Adaptation(self.settings.adapt.method, False, NOT_LEARNED))
             if adapter is not None:
                 adaptation, after, drawn = self._adapt(grid, member, adapter, before, verdict, judge)
                 adaptations.append(adaptation)
@@ -128,7 +125,7 @@ class Segmenter:
             first.append((member.plan, torch.from_numpy(before.probabilities)))
             last.append((member.plan, torch.from_numpy(after.probabilities)))
         maps = GridMaps(native, tuple(last))
-        if maps.values > compute.KEPT_BYTES:
+        if 4 * maps.values > compute.KEPT_BYTES:
             compute.release_freed_memory()
         label, agreement = self._decide(maps)
         unadapted = None
@@ -178,9 +175,7 @@ class Segmenter:
             return None
         reflection = run.reflection()
         if method == "auto":
-            if reflection is None:
-                return None
-            method = AUTO
+            method = WITHOUT if reflection is None else WITH_REFLECTION
         adapter: Adapter = registry.build("adapter", method, **self.settings.adapt.settings)
         adapter.name = method
         reflection = None if reflection is None else reflection.to(self.device)

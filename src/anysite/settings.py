@@ -205,7 +205,7 @@ class AdaptSettings(Settings):
 
     method: str = Field(
         default="none",
-        description="adapter; none: no adaptation; auto: refseg where the run has what it needs",
+        description="adapter; none: no adaptation; auto: refseg where the run has what it needs, else standard_views",
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="of the adapter")
     windows: int = Field(
@@ -221,9 +221,10 @@ class AdaptSettings(Settings):
         default=True,
         description="adapt to images alone that the judge finds unlike those known, or whose mask it doubts",
     )
-    least_doubt: float | None = Field(
-        default=0.4,
-        description="the judge's score quality above which a mask is in doubt: 0 as usual, 1 at its limit; none: never",
+    least_doubt: float = Field(
+        default=1.0,
+        gt=0,
+        description="the judge's score `quality` above which a mask is in doubt: 0 is usual, 1 its limit; 1e9: never",
     )
     guard: bool = Field(default=True, description="undo what fails the checks below")
     volume_ratio: Range = Field(default=(0.5, 2.0), description="of what is found after and before")

@@ -62,7 +62,7 @@ def predict(
     adapt: Annotated[
         str | None,
         typer.Option(
-            help="adapt a copy of the network to each image unlike those known: none, auto or an adapter's name; "
+            help="adapt a copy of the network where image or mask are in doubt: none, auto or an adapter's name; "
             "default: the run's setting"
         ),
     ] = None,

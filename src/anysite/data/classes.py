@@ -148,7 +148,9 @@ def count_values(label: np.ndarray) -> dict[int, int]:
     if label.max() < 2**20:  # counting needs no sort
         flat, bins = label.ravel(), int(label.max()) + 1
         parts = (flat[start : start + BLOCK_VOXELS] for start in range(0, flat.size, BLOCK_VOXELS))
-        counts = np.sum([np.bincount(part, minlength=bins) for part in parts], axis=0)
+        counts = np.zeros(bins, np.int64)
+        for part in parts:
+            counts += np.bincount(part, minlength=bins)
         return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
     values, counts = np.unique(label, return_counts=True)
     return dict(zip(values.tolist(), counts.tolist(), strict=True))

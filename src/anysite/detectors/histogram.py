@@ -37,13 +37,14 @@ class Histogram(Detector):
         return np.sqrt(measure_shares(output.image, self.bins).ravel())
 
     @property
-    def usual_intensities(self) -> Float[np.ndarray, "c k"]:
-        """The shares of every bin in a training image, channel by channel."""
-        return np.square(self.memory["mean"]).reshape(-1, self.bins)
+    def usual_intensities(self) -> Float[np.ndarray, "c k"] | None:
+        """The shares of every bin in training images on average; none of a run of before they were kept."""
+        shares = self.memory.get("shares")
+        return None if shares is None else shares.reshape(-1, self.bins)
 
     def fit(self, vectors: Vectors) -> None:
-        """Learn the principal components of training histograms."""
-        self.memory = learn_components(vectors, self.variance)
+        """Learn the principal components of training histograms, and what they are on average."""
+        self.memory = learn_components(vectors, self.variance) | {"shares": np.square(vectors).mean(0)}
 
     def distance(self, vector: Vector) -> float:
         """Return the distance over the components and beyond them."""
