@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -315,13 +315,17 @@ def _choose_plan(run: Run, task: str | None) -> Plan:
     return run.plan.for_task(task, unknown) if task else run.plan.model_copy(update={"unknown": unknown})
 
 
-def _to_grids(image: Volume, plans: Sequence[Plan]) -> list[Float[Tensor, "c *s"]]:
-    """Return the image on every plan's grid, made once for those that are equal."""
-    grids: list[Tensor] = []
-    for index, plan in enumerate(plans):
-        same = plans.index(plan)
-        grids.append(grids[same] if same < index else plan.to_grid(image))
-    return grids
+def _to_grids(image: Volume, plans: Sequence[Plan]) -> Iterator[Float[Tensor, "c *s"]]:
+    """Yield the image on every plan's grid, made once for equal plans in a row.
+
+    Neither it nor the voxels of the image are kept for longer than something needs them.
+    """
+    *others, (last, count) = [(plan, len(list(group))) for plan, group in itertools.groupby(plans)]
+    for plan, times in others:
+        yield from itertools.repeat(plan.to_grid(image), times)
+    grid = last.to_grid(image)
+    del image
+    yield from itertools.repeat(grid, count)
 
 
 def choose_windows(
