@@ -96,6 +96,7 @@ class Evaluation:
     cases: dict[str, int]
     seeds: tuple[str, ...]
     failures: tuple[tuple[str, str], ...]
+    unpredicted: tuple[str, ...]
     outdated: bool
     sites: tuple[Site, ...]
     totals: tuple[tuple[str, Estimate | None, dict[str, Estimate | None]], ...]
@@ -162,6 +163,7 @@ def evaluate(source: Source, *, pictures: int, volumes: int) -> Evaluation:
         cases={split: sum(s.value is not None for s in of_split(scores, split)) for split in SPLIT_NAMES},
         seeds=tuple(sorted({row.seed for row in rows})),
         failures=tuple(failures.items()),
+        unpredicted=source.unpredicted,
         outdated=source.outdated,
         sites=tuple(sites),
         totals=tuple(

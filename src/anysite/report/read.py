@@ -159,7 +159,8 @@ class Source:
 
     Attributes:
         reliability: By split, how often voxels were right by how sure the network was.
-        unscored: Cases that could not be scored, or have no mask, and why.
+        unscored: Cases that could not be scored, and why.
+        unpredicted: Cases that have a label and no mask here, such as those trained on.
         outdated: Whether scores lie there of other masks, which are left out.
     """
 
@@ -168,6 +169,7 @@ class Source:
     predictions: Predictions | None = None
     reliability: dict[str, Reliability] = field(default_factory=dict)
     unscored: dict[str, str] = field(default_factory=dict)
+    unpredicted: tuple[str, ...] = ()
     outdated: bool = False
 
 
@@ -209,17 +211,18 @@ def _read_folder(folder: Path) -> Source:
     # Masks predicted anew by another run leave the scores of the former ones behind.
     if any(row.config not in ("", predictions.origin) for row in rows) and predictions.origin:
         return Source(folder, (), predictions, outdated=True)
-    reliability, unscored = _read_reliability(folder / RELIABILITY), _read_unscored(folder / SUMMARY)
-    return Source(folder, rows, predictions, reliability, unscored)
+    unscored, unpredicted = _read_unscored(folder / SUMMARY)
+    reliability = _read_reliability(folder / RELIABILITY)
+    return Source(folder, rows, predictions, reliability, unscored, unpredicted)
 
 
-def _read_unscored(path: Path) -> dict[str, str]:
+def _read_unscored(path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
     summary = atomic.read_json(path) if path.is_file() else {}
     if not isinstance(summary, dict):
-        return {}
+        return {}, ()
     failed, absent = summary.get("failed", {}), summary.get("unpredicted", ())
     reasons = {str(case): str(reason) for case, reason in failed.items()} if isinstance(failed, dict) else {}
-    return reasons | {str(case): "it has a label and no mask" for case in absent if isinstance(case, str)}
+    return reasons, tuple(case for case in absent if isinstance(case, str))
 
 
 def _read_predictions(folder: Path) -> Predictions:
