@@ -40,7 +40,15 @@ from anysite.plan import Normalisation, Plan
 from anysite.report.read import read_sources
 
 SLOWEST_S, MEMORY = 2.0, 3 * 2**30
-PARTS = (runs.CONFIG, runs.PLAN, runs.SPLITS, runs.MANIFEST, runs.CALIBRATION, runs.WEIGHTS)
+PARTS = (
+    runs.CONFIG,
+    runs.PLAN,
+    runs.SPLITS,
+    runs.MANIFEST,
+    runs.CALIBRATION,
+    runs.POSTPROCESSING,
+    runs.WEIGHTS,
+)
 ODD: list[Any] = [
     *(None, True, -1, 0, 1.5, 1e308, -1e308, 2**63, 10**30, "", "x", "../../../etc/passwd", "\x00", [], {}),
     *(

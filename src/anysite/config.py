@@ -20,6 +20,7 @@ from anysite.settings import (
     JudgeSettings,
     MethodSettings,
     PlanSettings,
+    PostprocessingSettings,
     PredictSettings,
     PretrainSettings,
     Settings,
@@ -53,6 +54,7 @@ class Config(Settings):
     train: TrainSettings = TrainSettings()
     predict: PredictSettings = PredictSettings()
     calibration: CalibrationSettings = CalibrationSettings()
+    postprocessing: PostprocessingSettings = PostprocessingSettings()
     judge: JudgeSettings = JudgeSettings()
 
     @property

@@ -152,6 +152,9 @@ def show_run(run: Run) -> None:
     if set(run.temperature.values) != {1.0}:
         values = ", ".join(f"{value:.2f}" for value in run.temperature.values)
         say(f"probabilities are calibrated by a temperature of {values}, from held-out patients")
+    if run.postprocessing.classes:
+        names = ", ".join(run.plan.classes[index] for index in run.postprocessing.classes)
+        say(f"fragments are taken out of masks of {names}, which the labels of training show in one piece")
 
 
 def describe_transfer(started_from: dict[str, Any]) -> str:

@@ -136,6 +136,7 @@ def predict(
     flips: bool | None = None,
     format: str | None = None,
     calibrate: bool | None = None,
+    postprocess: bool | None = None,
     least_dice: float | None = None,
     task: str | None = None,
     adapt: str | None = None,
@@ -154,9 +155,10 @@ def predict(
     goes on.
 
     Args:
-        flips: Whether to average over mirrored views; like the five after it, none: as the first run's settings.
+        flips: Whether to average over mirrored views; like the six after it, none: as the first run's settings.
         format: Kind of the masks: "auto", "nifti", "dicom_seg" or "dicom_seg_labelmap".
         calibrate: Whether saved probabilities are scaled by the run's temperature.
+        postprocess: Whether fragments are taken out of masks.
         least_dice: A mask of which a lower Dice is to be expected is sent to review.
         task: Of runs trained on several datasets, the one that all images are like.
         adapt: Adapter of a copy of the network to each image, "auto" or "none"; NAME:always without checks.
@@ -176,12 +178,15 @@ def predict(
     settings = run_folders[0].config.predict
     if format is not None and format not in get_args(MaskFormat):
         raise ConfigError(f"--format {format}", expected=f"one of {', '.join(get_args(MaskFormat))}")
-    asked = {"flips": flips, "format": format, "calibrate": calibrate, "least_dice": least_dice, "task": task}
+    asked = {
+        "flips": flips, "format": format, "calibrate": calibrate, "postprocess": postprocess,
+        "least_dice": least_dice, "task": task,
+    }  # fmt: skip
     settings = settings.model_copy(update={name: value for name, value in asked.items() if value is not None})
     if adapt is not None:
         settings = choose_adapter(settings, adapt)
     _require_apart(cases, output, settings.format)
-    counted = [runs.WEIGHTS, runs.CALIBRATION, runs.JUDGE]
+    counted = [runs.WEIGHTS, runs.CALIBRATION, runs.POSTPROCESSING, runs.JUDGE]
     if settings.adapt.method != "none":
         counted.append(runs.REFLECTION)
     origin = {
@@ -351,6 +356,7 @@ def _describe_run(run: Run) -> dict[str, Any]:
         "path": run.path.name,
         "seed": run.config.seed,
         "temperature": list(run.temperature.values),
+        "postprocessing": run.postprocessing.model_dump(mode="json"),
         "config": run.config.model_dump(mode="json"),
         "plan": run.plan.model_dump(mode="json"),
         **{key: run.manifest[key] for key in known if key in run.manifest},

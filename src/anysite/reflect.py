@@ -11,7 +11,12 @@ from anysite import registry, runs
 from anysite.data.case import Dataset
 from anysite.errors import RunError
 from anysite.loop import Progress
-from anysite.settings import CalibrationSettings, JudgeSettings, PretrainSettings
+from anysite.settings import (
+    CalibrationSettings,
+    JudgeSettings,
+    PostprocessingSettings,
+    PretrainSettings,
+)
 from anysite.splits import split
 from anysite.train import train
 
@@ -79,6 +84,7 @@ def _reflect(
             "pretrained": str(run.path),
             "pretrain": PretrainSettings(),
             "calibration": CalibrationSettings(kind="none"),
+            "postprocessing": PostprocessingSettings(fragments="kept"),
             "judge": JudgeSettings(detectors={}),
             "train": run.config.train.model_copy(
                 # The network does not change, so that nothing is to be validated.

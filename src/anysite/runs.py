@@ -36,10 +36,12 @@ from anysite.learner import build_network
 from anysite.networks import Network
 from anysite.objectives.reflection import Reflection
 from anysite.plan import Plan
+from anysite.postprocessing import Postprocessing
 
 CONFIG, PLAN, SPLITS, WEIGHTS = "config.json", "plan.json", "splits.json", "weights.safetensors"
 CHECKPOINT, MANIFEST, LOG = "checkpoint.safetensors", "run.json", "log.jsonl"
-CALIBRATION, JUDGE, REFLECTION = "calibration.json", "judge.safetensors", "reflection.safetensors"
+CALIBRATION, POSTPROCESSING = "calibration.json", "postprocessing.json"
+JUDGE, REFLECTION = "judge.safetensors", "reflection.safetensors"
 SEALED = (CONFIG, PLAN, SPLITS, WEIGHTS)
 MAX_HEADER = 2**22  # bytes; thousands of tensors need a tenth of it
 VERSIONED = ("torch", "monai", "lightning-fabric", "numpy", "nibabel", "scipy")
@@ -53,6 +55,7 @@ class Run:
         splits: Case ids by role: "training", "held_out" (source patients not trained on), "test".
         temperature: Of its probabilities, from the held-out patients.
         judge: Of its masks; none where none was wanted, or nothing could be learned from.
+        postprocessing: Of its masks.
     """
 
     path: Path
@@ -62,6 +65,7 @@ class Run:
     manifest: dict[str, Any]
     temperature: Temperature = Temperature()
     judge: Judge | None = None
+    postprocessing: Postprocessing = Postprocessing()
 
     def network(self) -> Network:
         """Build the network and load its weights.
@@ -146,6 +150,7 @@ def open_run(path: Path) -> Run:
         manifest,
         read_temperature(path) if CALIBRATION in manifest["files"] else Temperature(),
         read_judge(path) if JUDGE in manifest["files"] else None,
+        read_postprocessing(path) if POSTPROCESSING in manifest["files"] else Postprocessing(),
     )
 
 
@@ -217,6 +222,18 @@ def read_temperature(path: Path) -> Temperature:
     return Temperature(tuple(map(float, values)))
 
 
+def read_postprocessing(path: Path) -> Postprocessing:
+    """Read what a run folder takes out of its masks.
+
+    Raises:
+        RunError: it is not of this version.
+    """
+    try:
+        return Postprocessing.model_validate(_read_part(path / POSTPROCESSING))
+    except ValidationError as error:
+        raise RunError(describe_invalid(error), where=path / POSTPROCESSING) from None
+
+
 def read_judge(path: Path) -> Judge:
     """Read a run folder's judge.
 
@@ -256,12 +273,15 @@ def finish(
     calibration: Mapping[str, Any] | None = None,
     judge: Judge | None = None,
     reflection: nn.Module | None = None,
+    postprocessing: Mapping[str, Any] | None = None,
     **facts: Any,
 ) -> None:
     """Write all that was learned and seal the folder: a digest of every file that prediction relies on."""
     save_tensors(path / WEIGHTS, network.state_dict())
     if calibration is not None:
         atomic.write_json(path / CALIBRATION, dict(calibration))
+    if postprocessing is not None:
+        atomic.write_json(path / POSTPROCESSING, dict(postprocessing))
     if judge is not None:
         arrays, learned = judge.memory()
         save_tensors(path / JUDGE, {name: torch.from_numpy(a.copy()) for name, a in arrays.items()}, learned)
@@ -271,8 +291,8 @@ def finish(
     manifest = {k: v for k, v in read_manifest(path).items() if k != "files"}
     manifest.update(facts, finished=True, finished_at=now(), versions=versions(), commit=commit())
     names = [*SEALED]
-    parts = ((CALIBRATION, calibration), (JUDGE, judge), (REFLECTION, reflection))
-    names += [name for name, part in parts if part is not None]
+    parts = {CALIBRATION: calibration, POSTPROCESSING: postprocessing, JUDGE: judge, REFLECTION: reflection}
+    names += [name for name, part in parts.items() if part is not None]
     manifest["files"] = {name: atomic.sha256(path / name) for name in names}
     atomic.write_json(path / MANIFEST, manifest)
     (path / CHECKPOINT).unlink(missing_ok=True)

@@ -34,6 +34,7 @@ from anysite.maps import GridMaps, Prediction, average
 from anysite.networks import Network
 from anysite.observations import count_agreement, count_shared, sum_layer
 from anysite.plan import Plan
+from anysite.postprocessing import combine
 from anysite.runs import Run, is_pretraining
 from anysite.settings import PredictSettings
 from anysite.windows import cut_patch, place_windows, slide
@@ -94,6 +95,7 @@ class Segmenter:
         # The mean of several is less sure than each of them, so that their temperatures would overdo it.
         calibrate = self.settings.calibrate and len(runs) == 1
         self.temperature = runs[0].temperature if calibrate else Temperature()
+        self.postprocessing = combine([run.postprocessing for run in runs])
         compute.keep_freed_memory()
 
     def segment(self, image: Volume) -> Prediction:
@@ -166,6 +168,8 @@ class Segmenter:
             if len(views) > 1:
                 counted = count_shared([self._as_maps(view) for view in views])
                 shared = counted if shared is None else shared + counted
+        if self.settings.postprocess:
+            self.postprocessing.apply(label[0])
         agreement = None if shared is None else Agreement(shared).pairwise_dice
         return maps.native.with_array(label), agreement
 

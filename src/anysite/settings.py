@@ -253,6 +253,9 @@ class PredictSettings(Settings):
         default="auto", description="of masks; auto: the image's own kind, NIfTI for DICOM images"
     )
     calibrate: bool = Field(default=True, description="scale probabilities by the run's temperature")
+    postprocess: bool = Field(
+        default=True, description="take fragments out of masks, where the run has learned it"
+    )
     least_dice: float = Field(
         default=0.7,
         ge=0,
@@ -277,6 +280,21 @@ class CalibrationSettings(Settings):
         default="global", description="one temperature, one for each class, or none"
     )
     cases: int = Field(default=10, gt=0, description="held-out cases it is fitted on at most")
+
+
+class PostprocessingSettings(Settings):
+    """Taking fragments out of the masks of structures that are in one piece; decided at the end of a training."""
+
+    fragments: Literal["learned", "kept"] = Field(
+        default="learned",
+        description="learned: they are taken out of classes that have none in the labels of training, unless that "
+        "lowers the Dice of held-out source cases",
+    )
+    smaller_than: float = Field(
+        default=0.5, gt=0, le=1, description="what a fragment is, as a share of the largest piece's voxels"
+    )
+    labels: int = Field(default=30, gt=0, description="training labels looked at at most")
+    cases: int = Field(default=10, gt=0, description="held-out cases it is tried on at most")
 
 
 class JudgeSettings(Settings):

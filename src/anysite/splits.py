@@ -16,7 +16,7 @@ class Splits:
     """The cases by role; patients never appear in two of them.
 
     Attributes:
-        held_out: Patients of the training sites that are not trained on: they measure, and choose nothing.
+        held_out: Patients of the training sites that are not trained on: they measure, and choose no weights.
         test: The sites kept out of training altogether.
         images: All cases of training sites, labelled or not, whose patients are neither held out nor tested: what
             a pretraining may see.

@@ -198,7 +198,7 @@ def _fit(fabric: Fabric, job: _Job) -> None:
     trained = time.monotonic()
     if fabric.is_global_zero:
         training.save()  # what follows takes a while, and an end of it must not cost the training
-        calibration, judge = assess(training)
+        found = assess(training)
         now = time.monotonic()
         facts = {
             "steps": training.steps,
@@ -208,11 +208,14 @@ def _fit(fabric: Fabric, job: _Job) -> None:
             "threads": threads,
             "encoder": sorted(encoder_tensors(training.learner.network)),
         }
-        if judge is not None:
+        if found.judge is not None:
             used = training.held_out.cases_by_turns[: config.judge.held_out_cases]
             facts["judge_learned_from"] = [case.id for case in used]
         reflection = dict(training.learner.named_objectives()).get("reflection")
-        runs.finish(job.output, training.learner.network, calibration, judge, reflection, **facts)
+        runs.finish(
+            job.output, training.learner.network, found.calibration, found.judge, reflection,
+            found.postprocessing, **facts,
+        )  # fmt: skip
     fabric.barrier()
 
 

@@ -45,6 +45,10 @@ def predict(
     calibrate: Annotated[
         bool | None, typer.Option(help="probabilities by the run's temperature; default: the run's setting")
     ] = None,
+    postprocess: Annotated[
+        bool | None,
+        typer.Option(help="take fragments out of masks as the run has learned; default: the run's setting"),
+    ] = None,
     least_dice: Annotated[
         float | None,
         typer.Option(
@@ -103,9 +107,10 @@ def predict(
     outcomes: list[CaseOutcome] = []
     with console.case_bar(len(share), "predicting") as advance:
         for outcome in prediction.predict(
-            opened, cases, output, flips=flips, format=format, calibrate=calibrate, least_dice=least_dice,
-            task=task, adapt=adapt, save_probabilities=save_probabilities, part=part,
-            referral=referral, dataset=dataset, sites_known=sites_known, accelerator=accelerator,
+            opened, cases, output, flips=flips, format=format, calibrate=calibrate,
+            postprocess=postprocess, least_dice=least_dice, task=task, adapt=adapt,
+            save_probabilities=save_probabilities, part=part, referral=referral, dataset=dataset,
+            sites_known=sites_known, accelerator=accelerator,
         ):  # fmt: skip
             outcomes.append(outcome)
             advance(outcome)
