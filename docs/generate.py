@@ -7,6 +7,7 @@ from typing import Any
 
 import typer.core
 from adaptation_tables import write_adaptation_tables
+from calibration_tables import write_calibration_tables
 from evidence_page import describe_evidence, write_method_table, write_readme_table
 from judging_tables import write_judging_tables
 from pydantic import BaseModel
@@ -146,5 +147,7 @@ if __name__ == "__main__":
     judging.write_text(write_judging_tables(judging.read_text(encoding="utf-8")), encoding="utf-8")
     robustness = DOCS / "robustness.md"
     robustness.write_text(write_robustness_tables(robustness.read_text(encoding="utf-8")), encoding="utf-8")
+    prediction = DOCS / "prediction.md"
+    prediction.write_text(write_calibration_tables(prediction.read_text(encoding="utf-8")), encoding="utf-8")
     test_time = DOCS / "test_time.md"
     test_time.write_text(write_adaptation_tables(test_time.read_text(encoding="utf-8")), encoding="utf-8")

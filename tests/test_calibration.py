@@ -103,6 +103,9 @@ def test_only_the_metrics_asked_for_and_none_without_voxels() -> None:
     assert list(score_calibration(probabilities, truth, overlapping=False, metrics=["nll"])) == ["nll"]
     empty = score_calibration(probabilities[:, :0], truth[:, :0], overlapping=False)
     assert empty == dict.fromkeys(CALIBRATION_METRICS)
+    probabilities[1, 7] = np.nan
+    broken = score_calibration(probabilities, truth, overlapping=False)
+    assert broken == dict.fromkeys(CALIBRATION_METRICS)
 
 
 @pytest.mark.parametrize("overlapping", [False, True])

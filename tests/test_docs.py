@@ -69,6 +69,11 @@ def test_the_tables_on_robustness_hold_what_the_rows_say(generate: ModuleType) -
     assert text == generate.write_robustness_tables(text), "run make docs"
 
 
+def test_the_table_of_calibration_holds_what_the_rows_say(generate: ModuleType) -> None:
+    text = (ROOT / "docs" / "prediction.md").read_text(encoding="utf-8")
+    assert text == generate.write_calibration_tables(text), "run make docs"
+
+
 def test_the_tables_on_adaptation_hold_what_the_rows_say(generate: ModuleType) -> None:
     text = (ROOT / "docs" / "test_time.md").read_text(encoding="utf-8")
     assert text == generate.write_adaptation_tables(text), "run make docs"

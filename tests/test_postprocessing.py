@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as arrays
 from anysite import atomic, runs
 from anysite.assess import assess
 from anysite.data.case import Dataset
+from anysite.describe import describe
 from anysite.errors import RunError
 from anysite.loop import Training
 from anysite.postprocessing import (
@@ -149,6 +150,7 @@ def test_a_training_learns_it_from_labels_and_held_out_cases(run: Run, phantom: 
     facts = atomic.read_json(run.path / runs.POSTPROCESSING)
     names = run.plan.classes
     assert facts["in_one_piece"] == [*names[1:]]  # as the phantom's labels are
+    assert describe(run.path)["no_fragments_of"] == [names[index] for index in run.postprocessing.classes]
     assert run.postprocessing.classes == tuple(
         index for index, name in enumerate(names) if facts["dice_gained"].get(name, -1) >= 0
     )

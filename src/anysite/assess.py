@@ -103,6 +103,7 @@ def _learn_postprocessing(segmenter: Segmenter, training: Training, failed: dict
     kept = tuple(index for index, gain in gains.items() if gain >= 0)
     names = training.plan.classes
     return single.model_copy(update={"classes": kept}).model_dump() | {
+        "without_fragments": [names[index] for index in kept],
         "in_one_piece": [names[index] for index in single.classes],
         "dice_gained": {names[index]: round(gain, 5) for index, gain in gains.items()},
     }

@@ -89,7 +89,9 @@ def score_calibration(
     overlapping: bool,
     metrics: Sequence[str] = tuple(CALIBRATION_METRICS),
 ) -> dict[str, float | None]:
-    """Compute metrics of `CALIBRATION_METRICS` over voxels; without any, all are undefined (None).
+    """Compute metrics of `CALIBRATION_METRICS` over voxels.
+
+    Without any voxel, or where a probability is no number, all are undefined (None).
 
     Confidence is the largest probability; of overlapping classes each is a question of its own, answered with
     the larger of yes and no. Bins hold their upper edge (Guo et al., 2017). Adaptive bins: Nixon et al., 2019,
@@ -101,7 +103,7 @@ def score_calibration(
         overlapping: Whether classes overlap.
         metrics: Those to compute.
     """
-    if not probabilities.size:
+    if not probabilities.size or not np.isfinite(probabilities).all():
         return dict.fromkeys(metrics)
     chances = probabilities.astype(np.float64)
     confidence, right = _answers(chances, truth, overlapping)

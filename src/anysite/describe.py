@@ -63,15 +63,13 @@ def _describe_run(path: Path) -> dict[str, Any]:
         "started_from",
     )
     learned = path / "postprocessing.json"  # absent of a run that learned none
-    classes = plan.get("classes") or []
-    taken = (_read_object(learned).get("classes") or []) if learned.is_file() else []
-    without = [classes[index] for index in taken if isinstance(index, int) and 0 < index < len(classes)]
+    without = _read_object(learned).get("without_fragments") if learned.is_file() else []
     return {
         "kind": "run",
         **{key: manifest[key] for key in shown if key in manifest},
         "cases": {role: len(ids) for role, ids in splits.items()},
         **{key: plan.get(key) for key in ("classes", "patch_size", "spacing", "reasons")},
-        "without_fragments": without,
+        "no_fragments_of": without,
     }
 
 

@@ -54,13 +54,12 @@ def find_fragments(mask: Bool[np.ndarray, "*s"], smaller_than: float) -> Bool[np
     """
     pieces = np.zeros(mask.shape, np.int32)
     count = int(ndimage.label(mask, np.ones((3,) * mask.ndim), output=pieces))  # pyright: ignore[reportArgumentType]
-    if count < 2:
-        return np.zeros(mask.shape, bool)
-    sizes = np.bincount(pieces.ravel())
-    sizes[0] = 0
-    small = sizes < smaller_than * sizes.max()
-    small[0] = False
-    return small[pieces]
+    fragments = np.zeros(mask.shape, bool)
+    if count > 1:
+        numbers = pieces[mask]
+        sizes = np.bincount(numbers)
+        fragments[mask] = (sizes < smaller_than * sizes.max())[numbers]
+    return fragments
 
 
 def find_single_classes(
