@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -676,7 +677,7 @@ def test_prediction_keeps_both_masks_and_says_why(run: Run, phantom: Dataset, tm
     config = run.config.model_copy(
         update={"predict": run.config.predict.model_copy(update={"adapt": adapting})}
     )
-    changed = Run(run.path, config, run.plan, run.splits, run.manifest, run.temperature, run.judge)
+    changed = replace(run, config=config)
     outcomes = list(predict([changed], cases, tmp_path / "always", dataset=phantom, adapt="refseg:always"))
     assert {outcome.status for outcome in outcomes} == {"done"}
     manifest = json.loads((tmp_path / "always" / "predictions.json").read_text())

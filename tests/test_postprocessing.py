@@ -122,7 +122,7 @@ def test_a_class_in_one_piece_is_so_in_every_label(
 
 
 def test_the_gain_is_that_of_dice_over_cases_that_hold_the_class() -> None:
-    rule = Postprocessing(classes=(1, 2))
+    rule = Postprocessing(classes=(1, 2), smaller_than=0.5)
     whole, broken = picture((1, 20), (0, 0)), picture((1, 20), (1, 5))
     pairs = [(broken, whole, (0, 1)), (whole, whole, (0, 1)), (whole, broken, (0, 1)), (whole, whole, (0, 2))]
     assert measure_gain(pairs[:2], rule) == {1: pytest.approx((1 - 40 / 45) / 2)}
@@ -162,7 +162,7 @@ def test_a_training_learns_it_from_labels_and_held_out_cases(run: Run, phantom: 
         for index in range(1, len(names)):
             one, other = found == index, truth == index
             if one.any() or other.any():
-                kept = one & ~flood(one, 0.5)
+                kept = one & ~flood(one, 0.1)
                 change = 2 * (kept & other).sum() / (kept.sum() + other.sum())
                 change -= 2 * (one & other).sum() / (one.sum() + other.sum())
                 gains.setdefault(names[index], []).append(change)

@@ -251,8 +251,13 @@ def test_probabilities_come_back_and_agree_with_the_mask(phantom: Dataset, run: 
         case.id: "done"
     }  # the npz was missing
     assert segment([run], [case], tmp_path, save_probabilities=True) == {case.id: "skipped"}
+    segment([run], [case], tmp_path / "whole", save_probabilities=True, postprocess=False)
+    np.testing.assert_array_equal(  # that fragments were taken out, they do not know
+        predict.read_probabilities(tmp_path / f"{case.id}.npz"),
+        predict.read_probabilities(tmp_path / "whole" / f"{case.id}.npz"),
+    )
     probabilities = predict.read_probabilities(tmp_path / f"{case.id}.npz")
-    mask = files.read_label(tmp_path / f"{case.id}.png").array[0]
+    mask = files.read_label(tmp_path / "whole" / f"{case.id}.png").array[0]
     assert probabilities.shape == (len(phantom.classes), *mask.shape)
     assert np.abs(probabilities.sum(axis=0) - 1).max() < 5e-3
     chosen = np.take_along_axis(probabilities, mask[None].astype(np.int64), axis=0)[0]

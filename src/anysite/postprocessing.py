@@ -28,7 +28,7 @@ class Postprocessing(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     classes: tuple[int, ...] = ()
-    smaller_than: float = Field(default=0.5, gt=0, le=1)
+    smaller_than: float = Field(default=0.1, gt=0, le=1)
 
     def apply(self, label: LabelMap) -> None:
         """Take the fragments out of a label map, in place."""

@@ -291,7 +291,7 @@ class PostprocessingSettings(Settings):
         "lowers the Dice of held-out source cases",
     )
     smaller_than: float = Field(
-        default=0.5, gt=0, le=1, description="what a fragment is, as a share of the largest piece's voxels"
+        default=0.1, gt=0, le=1, description="what a fragment is, as a share of the largest piece's voxels"
     )
     labels: int = Field(default=30, gt=0, description="training labels looked at at most")
     cases: int = Field(default=10, gt=0, description="held-out cases it is tried on at most")
