@@ -87,7 +87,8 @@ def make_whole(folder: Path) -> None:
     settings = load("baseline", ["network.width=4", "network.depth=2", "judge.detectors={}"])
     run = folder / "run"
     runs.start(run, settings, plan, {"training": ["a"], "held_out": ["b"], "test": []}, dataset="x")
-    runs.finish(run, build_network(settings, plan), {"temperature": [1.5], "failed": {}}, steps=1)
+    learned = {"temperature": [1.5], "failed": {}}, None, None, {"classes": [1], "smaller_than": 0.1}
+    runs.finish(run, build_network(settings, plan), *learned, steps=1)
     (masks := folder / "masks").mkdir()
     case = {"status": "done", "mask": "a.png", "images": ["../a.png"], "label": None, "patient": "p", "domain": "d",
             "verdict": {"decision": "accept", "reasons": [], "scores": {"entropy": 0.5}, "predicted_dice": None},

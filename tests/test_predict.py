@@ -21,6 +21,7 @@ from anysite.data.layouts import open_dataset, open_images
 from anysite.data.phantom import write_phantom
 from anysite.data.volume import Volume
 from anysite.errors import ConfigError, DataError, FileFormatError
+from anysite.postprocessing import combine
 from anysite.runs import Run
 from anysite.segment import Segmenter
 from anysite.train import train
@@ -171,9 +172,10 @@ def test_an_ensemble_averages_probabilities_and_knows_what_any_member_saw(
     image = phantom.cases[0].image()
     plain = run.config.predict.model_copy(update={"calibrate": False})
     alone = [Segmenter([member], plain).segment(image).probabilities.array for member in (run, other_run)]
-    mean = (alone[0] + alone[1]) / 2
+    expected = ((alone[0] + alone[1]) / 2).argmax(axis=0)
+    combine([run.postprocessing, other_run.postprocessing]).apply(expected)
     mask = files.read_label(tmp_path / f"{phantom.cases[0].id}.png")
-    np.testing.assert_array_equal(mask.array[0], mean.argmax(axis=0))
+    np.testing.assert_array_equal(mask.array[0], expected)
 
 
 def test_parts_are_disjoint_and_together_complete(
