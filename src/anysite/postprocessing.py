@@ -21,7 +21,7 @@ class Postprocessing(BaseModel):
     """What is taken out of a mask after its voxels have been decided on.
 
     Attributes:
-        classes: Indices of those whose fragments become background.
+        classes: Indices of those whose fragments are taken out.
         smaller_than: What a fragment is: a connected piece with less than this share of the largest one's voxels.
     """
 
@@ -32,11 +32,40 @@ class Postprocessing(BaseModel):
 
     def apply(self, label: LabelMap) -> None:
         """Take the fragments out of a label map, in place."""
-        boxes = ndimage.find_objects(label)
-        for index in self.classes:
-            if 0 < index <= len(boxes) and boxes[index - 1] is not None:
-                part = label[boxes[index - 1]]
-                part[find_fragments(part == index, self.smaller_than)] = 0
+        fragments = np.zeros(label.shape, bool)
+        for index, box in enumerate(ndimage.find_objects(label), 1):
+            if box is not None and index in self.classes:
+                fragments[box] |= find_fragments(label[box] == index, self.smaller_than)
+        remove(label, fragments)
+
+
+def remove(label: LabelMap, fragments: Bool[np.ndarray, "*s"]) -> None:
+    """Give fragments the class around them, in place: what most voxels around have, if none of them is background.
+
+    A fragment that touches background becomes background. Around it are the voxels that share a face with it and
+    are of no fragment themselves; of classes that are as frequent the first counts.
+    """
+    found = ndimage.find_objects(fragments.view(np.uint8))
+    if not found:
+        return
+    box = _widen(found[0])
+    label, fragments = label[box], fragments[box]
+    numbers, _ = _number_pieces(fragments)
+    for number, smallest in enumerate(ndimage.find_objects(numbers), 1):
+        near = _widen(smallest)
+        fragment = numbers[near] == number
+        around = label[near][ndimage.binary_dilation(fragment) & ~fragments[near]]
+        label[near][fragment] = np.bincount(around).argmax() if around.all() and around.size else 0
+
+
+def _widen(box: tuple[slice, ...]) -> tuple[slice, ...]:
+    return tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in box)
+
+
+def _number_pieces(mask: Bool[np.ndarray, "*s"]) -> tuple[Integer[np.ndarray, "*s"], int]:
+    pieces = np.zeros(mask.shape, np.int32)
+    count = ndimage.label(mask, np.ones((3,) * mask.ndim), output=pieces)
+    return pieces, int(count)  # pyright: ignore[reportArgumentType]
 
 
 def combine(rules: Sequence[Postprocessing]) -> Postprocessing:
@@ -52,8 +81,7 @@ def find_fragments(mask: Bool[np.ndarray, "*s"], smaller_than: float) -> Bool[np
 
     Voxels that touch by a corner are connected.
     """
-    pieces = np.zeros(mask.shape, np.int32)
-    count = int(ndimage.label(mask, np.ones((3,) * mask.ndim), output=pieces))  # pyright: ignore[reportArgumentType]
+    pieces, count = _number_pieces(mask)
     fragments = np.zeros(mask.shape, bool)
     if count > 1:
         numbers = pieces[mask]
