@@ -24,6 +24,7 @@ from anysite.calibration import (
     score_calibration,
     select_band,
 )
+from anysite.console import show_run
 from anysite.data import files
 from anysite.data.case import Dataset
 from anysite.data.probabilities import read_probabilities
@@ -200,7 +201,9 @@ def run(phantom: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(phantom, settings, tmp_path_factory.mktemp("runs") / "run")
 
 
-def test_a_training_fits_the_temperature_on_held_out_patients_alone(phantom: Dataset, run: Run) -> None:
+def test_a_training_fits_the_temperature_on_held_out_patients_alone(
+    phantom: Dataset, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     facts = atomic.read_json(run.path / runs.CALIBRATION)
     assert set(facts["cases"]) <= set(run.splits["held_out"])
     assert {phantom_case.domain for phantom_case in phantom.cases if phantom_case.id in facts["cases"]} == {
@@ -211,6 +214,16 @@ def test_a_training_fits_the_temperature_on_held_out_patients_alone(phantom: Dat
     assert facts["expected_calibration_error"]["after"] <= facts["expected_calibration_error"]["before"]
     assert run.temperature.values == tuple(facts["temperature"])
     assert len(run.temperature.values) == len(run.plan.classes)
+    show_run(run)
+    told = capsys.readouterr().out
+    for name, value in zip(run.plan.classes, run.temperature.values, strict=True):
+        assert f"{value:.2f} for {name}" in told
+
+
+def test_one_dataset_has_one_temperature_by_default(phantom: Dataset, tmp_path: Path) -> None:
+    run = train(phantom, small_config(), tmp_path / "run")
+    assert len(run.temperature.values) == 1
+    assert atomic.read_json(run.path / runs.CALIBRATION)["kind"] == "global"
 
 
 def test_prediction_is_calibrated_by_default_and_no_voxel_changes(phantom: Dataset, run: Run) -> None:

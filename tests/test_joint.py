@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from anysite import atomic
 from anysite.calibration import fold_unknown
 from anysite.config import Config
 from anysite.data import files
@@ -30,7 +31,7 @@ from anysite.predict import _patients_judged_from, predict, split_of
 from anysite.report.pictures import draw_case
 from anysite.report.read import PredictedCase, PredictedDataset
 from anysite.rows import read_rows
-from anysite.runs import open_run
+from anysite.runs import CALIBRATION, open_run
 from anysite.settings import AugmentSettings, PlanSettings, TrainSettings
 from anysite.splits import split
 from anysite.train import train
@@ -98,6 +99,15 @@ def test_a_list_of_datasets_is_one_dataset(organs: Path) -> None:
     # Two label values of the head are one structure of all.
     inside = last.label().array > 0
     assert np.array_equal(dataset.label_of(last).array, 3 * inside)
+
+
+def test_every_dataset_is_among_the_first_by_turns(organs: Path) -> None:
+    dataset = open_dataset(organs)
+    chosen = dataset.first_by_turns(2)
+    assert Counter(case.domain for case in chosen) == {"heart/a": 1, "heart/b": 1, "head/a": 2}
+    assert {*dataset.first_by_turns(99)} == {*dataset.cases}
+    alone = dataset.of_task("heart")
+    assert alone.first_by_turns(3) == alone.cases_by_turns[:3]
 
 
 def test_values_beyond_those_declared_are_refused_and_beyond_those_gathered_are_background(
@@ -345,6 +355,8 @@ def test_one_network_learns_two_datasets_and_is_scored_on_what_each_labels(
     held_out = [case for case in dataset.cases if case.id in run.splits["held_out"]]
     assert {case.task for case in held_out} == {"heart", "head"}
     assert all(o.status == "done" for o in predict([run], held_out, tmp_path / "masks", dataset=dataset))
+    assert len(run.temperature.values) == len(dataset.classes)
+    assert atomic.read_json(run.path / CALIBRATION)["kind"] == "per_class"
     evaluate(tmp_path / "masks", dataset)
     rows = [row for row in read_rows(tmp_path / "masks" / "rows.jsonl") if row["metric"] == "dice"]
     named = {(row["domain"].partition("/")[0], row["class"]) for row in rows}

@@ -62,7 +62,7 @@ def _observe_source_cases(training: Training, found: Assessment) -> None:
     # Of the plain network: neither adapted, nor told which of several datasets an image is like.
     settings = choose_adapter(config.predict, "none").model_copy(update={"task": None, "postprocess": True})
     segmenter = Segmenter([run], settings, training.fabric.device.type, networks)
-    chosen = held_out.cases_by_turns[: config.calibration.cases]
+    chosen = held_out.first_by_turns(config.calibration.cases)
     if chosen and config.calibration.kind != "none":
         found.calibration = calibrate(segmenter, chosen, held_out, config.calibration)
         found.failed |= found.calibration["failed"]
@@ -72,8 +72,8 @@ def _observe_source_cases(training: Training, found: Assessment) -> None:
         # What is to be expected of a mask is to be expected of the one that leaves.
         segmenter.postprocessing = learned if config.predict.postprocess else Postprocessing()
     if config.judge.detectors:
-        references = training.trained_on.cases_by_turns[: config.judge.cases]
-        others = held_out.cases_by_turns[: config.judge.held_out_cases]
+        references = training.trained_on.first_by_turns(config.judge.cases)
+        others = held_out.first_by_turns(config.judge.held_out_cases)
         found.judge, unseen = learn_references(segmenter, references, others, held_out, config.judge)
         found.failed |= unseen
         if found.judge is None:
@@ -85,11 +85,11 @@ def _learn_postprocessing(segmenter: Segmenter, training: Training, failed: dict
     settings, held_out, trained_on = training.config.postprocessing, training.held_out, training.trained_on
 
     def read_labels() -> Iterator[tuple[LabelMap, list[int]]]:
-        for case in trained_on.cases_by_turns[: settings.labels]:
+        for case in trained_on.first_by_turns(settings.labels):
             yield trained_on.label_of(case).array[0], [*trained_on.known_to(case)]
 
     def segment_held_out() -> Iterator[tuple[LabelMap, LabelMap, list[int]]]:
-        for case in held_out.cases_by_turns[: settings.cases]:
+        for case in held_out.first_by_turns(settings.cases):
             try:
                 truth = held_out.label_of(case).array[0]
                 yield segmenter.segment(case.image()).label.array[0], truth, [*held_out.known_to(case)]

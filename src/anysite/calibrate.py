@@ -51,10 +51,15 @@ def calibrate(
     chances = np.concatenate([none, *(chances for chances, _, _ in samples)], 1)
     # Logits are divided before anything is folded, in prediction as here.
     allowed = [allow_unknown(truth, known, overlapping) for _, truth, known in samples]
+    kind = settings.kind
+    if kind == "auto":  # networks may be sure of one organ and not of another
+        kind = "per_class" if len({dataset.known_to(case) for case in dataset.cases}) > 1 else "global"
     temperature = fit_temperature(
-        chances, np.concatenate([none > 0, *allowed], 1), overlapping=overlapping,
-        per_class=settings.kind == "per_class",
-    )  # fmt: skip
+        chances,
+        np.concatenate([none > 0, *allowed], 1),
+        overlapping=overlapping,
+        per_class=kind == "per_class",
+    )
     truth = np.concatenate([none > 0, *(truth for _, truth, _ in samples)], 1)
 
     def error_of(tempered: Temperature) -> float | None:
@@ -68,7 +73,7 @@ def calibrate(
 
     return {
         "temperature": list(temperature.values),
-        "kind": settings.kind,
+        "kind": kind,
         "cases": [case.id for case in cases if case.id not in failed],
         "failed": failed,
         "voxels": chances.shape[1],

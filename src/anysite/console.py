@@ -150,11 +150,20 @@ def show_run(run: Run) -> None:
         f"{len(run.splits['held_out'])} held out, {len(run.splits['test'])} of test sites; run folder {run.path}"
     )
     if set(run.temperature.values) != {1.0}:
-        values = ", ".join(f"{value:.2f}" for value in run.temperature.values)
-        say(f"probabilities are calibrated by a temperature of {values}, from held-out patients")
+        say(f"probabilities are calibrated by {_describe_temperature(run)}, from held-out patients")
     if run.postprocessing.classes:
         names = ", ".join(run.plan.classes[index] for index in run.postprocessing.classes)
         say(f"fragments are taken out of masks of {names}, which the labels of training show in one piece")
+
+
+def _describe_temperature(run: Run) -> str:
+    values, classes = run.temperature.values, run.plan.classes
+    if len(values) == 1:
+        return f"a temperature of {values[0]:.2f}"
+    groups = run.plan.regions or [(index,) for index in range(len(classes))]
+    names = ["+".join(classes[index] for index in group) for group in groups]
+    told = ", ".join(f"{value:.2f} for {name}" for name, value in zip(names, values, strict=True))
+    return f"temperatures of {told}"
 
 
 def describe_transfer(started_from: dict[str, Any]) -> str:

@@ -293,7 +293,7 @@ def _patients_judged_from(run: runs.Run, dataset: Dataset) -> set[tuple[str, str
     if run.judge is None:
         return set()
     held_out = dataset.with_cases(case for case in dataset.labelled if case.id in run.splits["held_out"])
-    used = held_out.cases_by_turns[: run.config.judge.held_out_cases]
+    used = held_out.first_by_turns(run.config.judge.held_out_cases)
     return {(case.domain, case.patient) for case in used}
 
 

@@ -276,10 +276,14 @@ class PredictSettings(Settings):
 class CalibrationSettings(Settings):
     """Temperature scaling on held-out source patients, at the end of a training."""
 
-    kind: Literal["global", "per_class", "none"] = Field(
-        default="global", description="one temperature, one for each class, or none"
+    kind: Literal["auto", "global", "per_class", "none"] = Field(
+        default="auto",
+        description="one temperature, one for each class, or none; auto: one, or one for each class where several "
+        "datasets label different classes",
     )
-    cases: int = Field(default=10, gt=0, description="held-out cases it is fitted on at most")
+    cases: int = Field(
+        default=10, gt=0, description="held-out cases, of each of several datasets, it is fitted on at most"
+    )
 
 
 class PostprocessingSettings(Settings):
@@ -293,8 +297,12 @@ class PostprocessingSettings(Settings):
     smaller_than: float = Field(
         default=0.1, gt=0, le=1, description="what a fragment is, as a share of the largest piece's voxels"
     )
-    labels: int = Field(default=30, gt=0, description="training labels looked at at most")
-    cases: int = Field(default=10, gt=0, description="held-out cases it is tried on at most")
+    labels: int = Field(
+        default=30, gt=0, description="training labels, of each of several datasets, looked at at most"
+    )
+    cases: int = Field(
+        default=10, gt=0, description="held-out cases, of each of several datasets, it is tried on at most"
+    )
 
 
 class JudgeSettings(Settings):
@@ -304,8 +312,15 @@ class JudgeSettings(Settings):
         default_factory=lambda: {"histogram": {}, "spectral": {}, "entropy": {}, "pairwise_dice": {}},
         description="detector name to its settings; empty: no verdicts",
     )
-    cases: int = Field(default=30, gt=1, le=200, description="training cases kept as references at most")
-    held_out_cases: int = Field(default=20, ge=0, description="held-out cases that set limits at most")
+    cases: int = Field(
+        default=30,
+        gt=1,
+        le=200,
+        description="training cases, of each of several datasets, kept as references at most",
+    )
+    held_out_cases: int = Field(
+        default=20, ge=0, description="held-out cases, of each of several datasets, that set limits at most"
+    )
     false_alarms: float = Field(
         default=0.05, gt=0, lt=1, description="share of images like those of training that is sent to review"
     )

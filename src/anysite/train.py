@@ -209,7 +209,7 @@ def _fit(fabric: Fabric, job: _Job) -> None:
             "encoder": sorted(encoder_tensors(training.learner.network)),
         }
         if found.judge is not None:
-            used = training.held_out.cases_by_turns[: config.judge.held_out_cases]
+            used = training.held_out.first_by_turns(config.judge.held_out_cases)
             facts["judge_learned_from"] = [case.id for case in used]
         reflection = dict(training.learner.named_objectives()).get("reflection")
         runs.finish(

@@ -143,6 +143,15 @@ class Dataset:
             by_site.append(take_turns(shifted))
         return tuple(take_turns(by_site))
 
+    def first_by_turns(self, count: int) -> tuple[Case, ...]:
+        """Return that many of the cases that take turns, of each dataset where there are several."""
+        taken: dict[str, list[Case]] = {}
+        for case in self.cases_by_turns:
+            of_dataset = taken.setdefault(case.task, [])
+            if len(of_dataset) < count:
+                of_dataset.append(case)
+        return tuple(itertools.chain.from_iterable(taken.values()))
+
     @property
     def labelled(self) -> tuple[Case, ...]:
         """The cases that have a label file."""
