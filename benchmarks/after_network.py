@@ -20,8 +20,9 @@ from anysite.config import choose_adapter
 from anysite.data.case import Case, Dataset
 from anysite.data.layouts import open_dataset
 from anysite.evaluate import score_probabilities, score_volume
+from anysite.provenance import commit
 from anysite.rows import Row, read_rows, rows_of, write_rows
-from anysite.runs import Run, commit, open_run
+from anysite.runs import Run, open_run
 from anysite.segment import Segmenter
 
 ROLES = {"held_out": "in_domain", "test": "unseen"}

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from anysite import atomic, runs
+from anysite import atomic, provenance
 from anysite.data.check import inspect_dataset
 
 THREADS = 2
@@ -67,7 +67,7 @@ def measure(name: str, shape: tuple[int, ...], cases: int) -> dict[str, object]:
         "processors": os.cpu_count(),
         "load_before": round(load, 1),
         "problems": len(inspection.problems),
-        "commit": runs.commit(),
+        "commit": provenance.commit(),
     }
 
 

@@ -43,7 +43,7 @@ from monai.transforms.spatial.dictionary import RandFlipd, RandRotated, RandZoom
 from monai.transforms.utility.dictionary import SqueezeDimd
 from monai.utils.misc import set_determinism
 
-from anysite import compute, config, runs
+from anysite import compute, config, provenance
 from anysite.data.case import Case, Dataset
 from anysite.data.layouts import open_dataset
 from anysite.evaluate import score_volume
@@ -283,8 +283,8 @@ def main() -> None:
         common: Row = {
             "dataset": dataset.name, "method": arguments.peer, "adapt": "none", "seed": arguments.seed,
             "train_domains": "+".join(d for d in dataset.domains if d != arguments.test_domain),
-            "corruption": "none", "severity": 0, "labels": "all", "commit": runs.commit(),
-            "config": runs.fingerprint(settings), "overrides": settings, "job": runs.fingerprint(settings),
+            "corruption": "none", "severity": 0, "labels": "all", "commit": provenance.commit(),
+            "config": provenance.fingerprint(settings), "overrides": settings, "job": provenance.fingerprint(settings),
         }  # fmt: skip
         rows, each = score(segment, splits, dataset, common)
     common |= {"domain": "", "patient": "", "case": "", "class": "", "split": "run"}

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from anysite import atomic, compute, runs
+from anysite import atomic, compute, provenance, runs
 from large_volume import write_ct
 
 SIDES = ("anysite", "nnunet")
@@ -169,7 +169,7 @@ def main() -> None:
         row = compare(arguments.folder or Path(name), arguments.slices, arguments.rounds, arguments.steps)
     row |= {
         "threads": threads, "precision": compute.choose_precision("auto"), "python": platform.python_version(),
-        "commit": runs.commit(),
+        "commit": provenance.commit(),
     }  # fmt: skip
     print(json.dumps(row, indent=1))
     if arguments.output:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from monai.inferers.utils import sliding_window_inference
 
-from anysite import atomic, compute, config, runs
+from anysite import atomic, compute, config, provenance, runs
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
@@ -138,7 +138,7 @@ def main() -> None:
     threads = compute.use_threads()
     with tempfile.TemporaryDirectory() as name:
         row = compare(arguments.folder or Path(name), arguments.rounds, arguments.steps)
-    row |= {"threads": threads, "precision": compute.choose_precision("auto"), "commit": runs.commit()}
+    row |= {"threads": threads, "precision": compute.choose_precision("auto"), "commit": provenance.commit()}
     print(row)
     if arguments.output:
         atomic.write_json(arguments.output, [row])

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from anysite import atomic, runs
+from anysite import atomic, provenance
 
 Advance = Callable[[], Any]
 
@@ -20,7 +20,7 @@ def report_dimensions(compare: Callable[[int], dict[str, Any]], output: Path | N
     """Print the row that `compare` makes for two and for three dimensions, and write both to `output`."""
     rows = []
     for dimension in (2, 3):
-        row = compare(dimension) | facts | {"commit": runs.commit()}
+        row = compare(dimension) | facts | {"commit": provenance.commit()}
         print(row, flush=True)
         rows.append(row)
     if output:

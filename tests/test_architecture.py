@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "anysite"
 # Each layer may import the layers before it, and nothing after it.
 LAYERS = [
     {"__init__", "errors"},
-    {"atomic", "statistics", "compute", "judgement", "postprocessing", "quality"},
+    {"atomic", "statistics", "compute", "judgement", "postprocessing", "provenance", "quality"},
     {"registry"},
     {"settings"},
     {"config"},

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anysite import atomic, runs
+from anysite import atomic, provenance, runs
 from anysite.config import Config, load
 from anysite.errors import RunError
 from anysite.learner import build_network
@@ -156,9 +156,9 @@ def test_weights_of_another_network_are_refused(run: Path) -> None:
 
 
 def test_splits_and_facts_of_a_run_do_not_reach_the_digest_of_settings() -> None:
-    assert runs.fingerprint({"a": 1, "b": [2]}) == runs.fingerprint({"b": [2], "a": 1})
-    assert runs.fingerprint({"a": 1}) != runs.fingerprint({"a": 2})
-    assert runs.fingerprint(SETTINGS.model_dump(mode="json")) != runs.fingerprint(
+    assert provenance.fingerprint({"a": 1, "b": [2]}) == provenance.fingerprint({"b": [2], "a": 1})
+    assert provenance.fingerprint({"a": 1}) != provenance.fingerprint({"a": 2})
+    assert provenance.fingerprint(SETTINGS.model_dump(mode="json")) != provenance.fingerprint(
         Config().model_dump(mode="json")
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from anysite import config, runs
+from anysite import config, provenance, runs
 from anysite.calibration import CALIBRATION_METRICS
 from anysite.corrupt import corrupt, fingerprint
 from anysite.data.case import Case, Dataset
@@ -86,7 +86,9 @@ class Job:
         every finished job finished.
         """
         settings = self.settings.model_dump(mode="json", exclude_defaults=True)
-        return runs.fingerprint([settings, self.budget_s, *([self.members] if self.members > 1 else [])])
+        return provenance.fingerprint(
+            [settings, self.budget_s, *([self.members] if self.members > 1 else [])]
+        )
 
     @property
     def topics(self) -> set[tuple[Any, ...]]:

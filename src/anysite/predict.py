@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from anysite import __version__, atomic, runs
+from anysite import __version__, atomic, provenance, runs
 from anysite.config import choose_adapter
 from anysite.data import files
 from anysite.data.case import Case, Dataset
@@ -195,14 +195,14 @@ def predict(
     }
     facts = {
         "anysite": __version__,
-        "created": runs.now(),
+        "created": provenance.now(),
         "dataset": describe_dataset(dataset) if dataset else {},
         "runs": [_describe_run(run) for run in run_folders],
         "settings": settings.model_dump(mode="json"),
     }
     outputs = [name for case in share for name in _outputs_of(case, save_probabilities, settings)]
     with atomic.locked(manifest_path(output, part)):
-        manifest = Manifest(output, part, runs.fingerprint(origin), facts)
+        manifest = Manifest(output, part, provenance.fingerprint(origin), facts)
         manifest.require_free([*outputs, *VERDICT_FILES])
         manifest.sweep(outputs)
         manifest.claim(VERDICT_FILES)

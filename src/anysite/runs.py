@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
-import platform
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from anysite import __version__, atomic, config, registry
+from anysite import __version__, atomic, config, provenance, registry
 from anysite.calibration import Temperature
 from anysite.errors import (
     AnysiteError,
@@ -44,7 +39,6 @@ CALIBRATION, POSTPROCESSING = "calibration.json", "postprocessing.json"
 JUDGE, REFLECTION = "judge.safetensors", "reflection.safetensors"
 SEALED = (CONFIG, PLAN, SPLITS, WEIGHTS)
 MAX_HEADER = 2**22  # bytes; thousands of tensors need a tenth of it
-VERSIONED = ("torch", "monai", "lightning-fabric", "numpy", "nibabel", "scipy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +253,9 @@ def start(
     atomic.write_json(path / SPLITS, splits)
     # The shape nnU-Net users know: a list of folds, here one.
     atomic.write_json(path / "splits_final.json", [{"train": splits["training"], "val": splits["held_out"]}])
-    atomic.write_json(path / MANIFEST, {"anysite": __version__, "created": now(), "finished": False, **facts})
+    atomic.write_json(
+        path / MANIFEST, {"anysite": __version__, "created": provenance.now(), "finished": False, **facts}
+    )
 
 
 def note(path: Path, **facts: Any) -> None:
@@ -289,7 +285,8 @@ def finish(
         settings = read_config(path).objectives["reflection"]
         save_tensors(path / REFLECTION, reflection.state_dict(), settings)
     manifest = {k: v for k, v in read_manifest(path).items() if k != "files"}
-    manifest.update(facts, finished=True, finished_at=now(), versions=versions(), commit=commit())
+    manifest.update(facts, finished=True, finished_at=provenance.now())
+    manifest.update(versions=provenance.versions(), commit=provenance.commit())
     names = [*SEALED]
     parts = {CALIBRATION: calibration, POSTPROCESSING: postprocessing, JUDGE: judge, REFLECTION: reflection}
     names += [name for name, part in parts.items() if part is not None]
@@ -372,35 +369,6 @@ def tidy(path: Path) -> None:
     atomic.sweep(path)
     if (path / MANIFEST).is_file() and is_finished(path):
         (path / CHECKPOINT).unlink(missing_ok=True)
-
-
-def fingerprint(content: Any) -> str:
-    """Return a short digest of anything JSON-able, such as a configuration."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def now() -> str:
-    """Return the time in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    return {"anysite": __version__, "python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in VERSIONED
-    }
-
-
-def commit() -> str:
-    """Return the source checkout's commit, marked "+" where files differ from it, or "" outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return ""
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+", "--match", "-"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
