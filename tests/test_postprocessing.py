@@ -20,6 +20,7 @@ from anysite.errors import RunError
 from anysite.loop import Training
 from anysite.postprocessing import (
     Postprocessing,
+    choose_size,
     combine,
     find_fragments,
     find_single_classes,
@@ -161,16 +162,65 @@ def test_a_class_in_one_piece_is_so_in_every_label(
     labels: list[np.ndarray], expected: tuple[int, ...]
 ) -> None:
     known: Sequence[int] = (0, 1, 2)
-    assert find_single_classes(((label, known) for label in labels), 0.5) == expected
+    assert find_single_classes(((label, known) for label in labels), [0.5]) == {0.5: expected}
+
+
+def test_a_class_may_be_in_one_piece_by_one_size_and_not_by_another() -> None:
+    labels = [(picture((1, 20), (1, 9)), (0, 1))] * 3
+    assert find_single_classes(labels, [0.1, 0.25, 0.5]) == {0.1: (1,), 0.25: (1,), 0.5: ()}
 
 
 def test_the_gain_is_that_of_dice_over_cases_that_hold_the_class() -> None:
-    rule = Postprocessing(classes=(1, 2), smaller_than=0.5)
+    single = {0.5: (1, 2), 0.1: (1, 2), 0.9: ()}
     whole, broken = picture((1, 20), (0, 0)), picture((1, 20), (1, 5))
     pairs = [(broken, whole, (0, 1)), (whole, whole, (0, 1)), (whole, broken, (0, 1)), (whole, whole, (0, 2))]
-    assert measure_gain(pairs[:2], rule) == {1: pytest.approx((1 - 40 / 45) / 2)}
-    assert measure_gain([(broken, broken, (0, 1))], rule) == {1: pytest.approx(40 / 45 - 1)}
-    assert measure_gain(pairs[3:], rule) == {}  # neither holds it
+    assert measure_gain(pairs[:2], single) == {
+        0.5: {1: pytest.approx((1 - 40 / 45) / 2)},
+        0.1: {1: 0},
+        0.9: {},
+    }
+    assert measure_gain([(broken, broken, (0, 1))], single)[0.5] == {1: pytest.approx(40 / 45 - 1)}
+    assert measure_gain(pairs[3:], single) == {0.5: {}, 0.1: {}, 0.9: {}}  # neither holds it
+
+
+@given(
+    st.sampled_from([(9,), (6, 7), (4, 3, 5)]).flatmap(
+        lambda shape: st.tuples(arrays.arrays(bool, shape), arrays.arrays(bool, shape))
+    ),
+    SHARES,
+)
+def test_the_gain_is_that_of_the_slow_twin(masks: tuple[np.ndarray, np.ndarray], size: float) -> None:
+    found, true = masks
+    gains = measure_gain([(found.astype(np.uint8), true.astype(np.uint8), (0, 1))], {size: (1,)})[size]
+    if not found.any() and not true.any():
+        assert gains == {}
+        return
+    kept = found & ~flood(found, size)
+    after, before = (2 * (mask & true).sum() / (mask.sum() + true.sum()) for mask in (kept, found))
+    assert gains == {1: pytest.approx(after - before)}
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ({0.1: {1: 0.02}, 0.25: {1: 0.024}, 0.5: {1: 0.024}}, 0.1),  # not clearly more
+        ({0.1: {1: 0.02}, 0.25: {1: 0.024}, 0.5: {1: 0.026}}, 0.5),
+        ({0.1: {1: 0.02}, 0.25: {1: 0.03}, 0.5: {1: 0.033}}, 0.25),
+        (
+            {0.1: {1: 0.02, 2: 0.0}, 0.25: {1: 0.026, 2: 0.0}, 0.5: {1: 0.01}},
+            0.1,
+        ),  # in the mean of the classes
+        ({0.1: {1: -0.02}, 0.5: {1: 0.006}}, 0.5),  # what loses is left alone
+        ({0.1: {}, 0.25: {}, 0.5: {}}, 0.1),
+        ({0.3: {1: 0.1}}, 0.3),
+    ],
+)
+def test_the_smallest_size_is_taken_that_no_larger_one_gains_clearly_more_than(
+    gains: dict[float, dict[int, float]], expected: float
+) -> None:
+    chosen, means = choose_size(gains)
+    assert chosen == expected
+    assert means.keys() == gains.keys()
 
 
 def test_several_runs_take_out_what_each_of_them_would() -> None:
@@ -205,10 +255,11 @@ def test_a_training_learns_it_from_labels_and_held_out_cases(run: Run, phantom: 
         for index in range(1, len(names)):
             one, other = found == index, truth == index
             if one.any() or other.any():
-                kept = one & ~flood(one, 0.1)
+                kept = one & ~flood(one, run.postprocessing.smaller_than)
                 change = 2 * (kept & other).sum() / (kept.sum() + other.sum())
                 change -= 2 * (one & other).sum() / (one.sum() + other.sum())
                 gains.setdefault(names[index], []).append(change)
+    assert str(run.postprocessing.smaller_than) in facts["mean_dice_gained_below"]
     assert facts["dice_gained"] == {name: pytest.approx(np.mean(g), abs=1e-5) for name, g in gains.items()}
 
 

@@ -13,7 +13,14 @@ from anysite.config import choose_adapter
 from anysite.errors import describe_error
 from anysite.judge import Judge
 from anysite.loop import Training
-from anysite.postprocessing import LabelMap, Postprocessing, find_single_classes, measure_gain
+from anysite.postprocessing import (
+    SIZES,
+    LabelMap,
+    Postprocessing,
+    choose_size,
+    find_single_classes,
+    measure_gain,
+)
 from anysite.references import learn_references
 from anysite.segment import Segmenter
 
@@ -96,14 +103,15 @@ def _learn_postprocessing(segmenter: Segmenter, training: Training, failed: dict
             except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost a finished training
                 failed[case.id] = case.without_folders(describe_error(error))
 
-    single = Postprocessing(
-        classes=find_single_classes(read_labels(), settings.smaller_than), smaller_than=settings.smaller_than
-    )
-    gains = measure_gain(segment_held_out(), single) if single.classes else {}
-    kept = tuple(index for index, gain in gains.items() if gain >= 0)
+    sizes = SIZES if settings.smaller_than == "learned" else (settings.smaller_than,)
+    single = find_single_classes(read_labels(), sizes)
+    gains = measure_gain(segment_held_out() if any(single.values()) else (), single)
+    size, means = choose_size(gains)
+    kept = tuple(index for index, gain in gains[size].items() if gain >= 0)
     names = training.plan.classes
-    return single.model_copy(update={"classes": kept}).model_dump() | {
+    return Postprocessing(classes=kept, smaller_than=size).model_dump() | {
         "without_fragments": [names[index] for index in kept],
-        "in_one_piece": [names[index] for index in single.classes],
-        "dice_gained": {names[index]: round(gain, 5) for index, gain in gains.items()},
+        "in_one_piece": [names[index] for index in single[size]],
+        "dice_gained": {names[index]: round(gain, 5) for index, gain in gains[size].items()},
+        "mean_dice_gained_below": {f"{size:g}": round(mean, 5) for size, mean in means.items()},
     }

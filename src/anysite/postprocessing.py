@@ -5,7 +5,8 @@ Isensee, Jaeger, Kohl, Petersen, Maier-Hein, 2021, https://doi.org/10.1038/s4159
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Integer
@@ -14,6 +15,8 @@ from scipy import ndimage
 
 LabelMap = Integer[np.ndarray, "*s"]
 TOLERATED = 0.05  # of a structure's voxels, that may be fragments in a label: slips of the pen
+SIZES = (0.1, 0.25, 0.5)  # that fragments may be, as shares of the largest piece
+WORTHWHILE = 0.005  # of Dice, that a larger size has to gain more
 LEAST_LABELS = 3  # that show a structure, before it is called one that is in one piece
 
 
@@ -91,48 +94,85 @@ def find_fragments(mask: Bool[np.ndarray, "*s"], smaller_than: float) -> Bool[np
 
 
 def find_single_classes(
-    labels: Iterable[tuple[LabelMap, Sequence[int]]], smaller_than: float
-) -> tuple[int, ...]:
-    """Return the classes that have no fragments to speak of in any label.
+    labels: Iterable[tuple[LabelMap, Sequence[int]]], sizes: Sequence[float]
+) -> dict[float, tuple[int, ...]]:
+    """Return for each size the classes that have no fragments below it to speak of in any label.
 
     Args:
         labels: Label maps, and the classes that each tells of.
-        smaller_than: What a fragment is, as a share of the largest piece.
+        sizes: What a fragment may be, as shares of the largest piece.
     """
-    seen: dict[int, int] = {}
-    broken: set[int] = set()
+    seen: Counter[int] = Counter()
+    broken: set[tuple[float, int]] = set()
     for label, known in labels:
-        for index in sorted({*known} - {0} - broken):
-            mask = label == index
-            if not mask.any():
+        for index in sorted({*known} - {0}):
+            voxels, _ = _measure_pieces(label == index)
+            if not len(voxels):
                 continue
-            seen[index] = seen.get(index, 0) + 1
-            if find_fragments(mask, smaller_than).sum() > TOLERATED * mask.sum():
-                broken.add(index)
-    return tuple(
-        sorted(index for index, count in seen.items() if count >= LEAST_LABELS and index not in broken)
-    )
+            seen[index] += 1
+            for size in sizes:
+                if voxels[voxels < size * voxels.max()].sum() > TOLERATED * voxels.sum():
+                    broken.add((size, index))
+    enough = sorted(index for index, count in seen.items() if count >= LEAST_LABELS)
+    return {size: tuple(index for index in enough if (size, index) not in broken) for size in sizes}
 
 
 def measure_gain(
-    pairs: Iterable[tuple[LabelMap, LabelMap, Sequence[int]]], rule: Postprocessing
-) -> dict[int, float]:
+    pairs: Iterable[tuple[LabelMap, LabelMap, Sequence[int]]], single: Mapping[float, Sequence[int]]
+) -> dict[float, dict[int, float]]:
     """Return by how much taking fragments out raises the Dice of each class, the mean over cases that hold it.
 
     Args:
         pairs: A predicted label map, the true one, and the classes that it tells of.
-        rule: What would be taken out.
+        single: For each size that a fragment may be, the classes to take them out of.
     """
-    gains: dict[int, list[float]] = {}
+    gains: dict[float, dict[int, list[float]]] = {size: {} for size in single}
     for predicted, truth, known in pairs:
-        for index in {*rule.classes} & {*known}:
-            found, true = predicted == index, truth == index
-            if not found.any() and not true.any():
+        for index in set().union(*single.values()) & {*known}:
+            true = truth == index
+            voxels, hits = _measure_pieces(predicted == index, true)
+            if not len(voxels) and not true.any():
                 continue
-            kept = found & ~find_fragments(found, rule.smaller_than)
-            gains.setdefault(index, []).append(_dice(kept, true) - _dice(found, true))
-    return {index: float(np.mean(values)) for index, values in sorted(gains.items())}
+            for size, classes in single.items():
+                kept = voxels >= size * voxels.max(initial=0)
+                if index in classes:
+                    after, before = (
+                        2 * hits[chosen].sum() / (voxels[chosen].sum() + true.sum())
+                        for chosen in (kept, slice(None))
+                    )
+                    gains[size].setdefault(index, []).append(float(after - before))
+    return {
+        size: {index: float(np.mean(values)) for index, values in sorted(of_size.items())}
+        for size, of_size in gains.items()
+    }
 
 
-def _dice(one: np.ndarray, other: np.ndarray) -> float:
-    return 2 * int((one & other).sum()) / (int(one.sum()) + int(other.sum()))
+def choose_size(gains: Mapping[float, Mapping[int, float]]) -> tuple[float, dict[float, float]]:
+    """Return which size fragments are taken out below, and the mean gain of every one.
+
+    The smallest, unless a larger one gains clearly more: one that gains as much may harm more where pieces of a
+    structure come apart.
+
+    Args:
+        gains: For each size, what each class gains; classes that lose are left alone.
+    """
+    classes = set().union(*gains.values())
+    means = {
+        size: sum(max(gain, 0) for gain in of_size.values()) / max(len(classes), 1)
+        for size, of_size in gains.items()
+    }
+    chosen, *larger = sorted(means)
+    for size in larger:
+        if means[size] >= means[chosen] + WORTHWHILE:
+            chosen = size
+    return chosen, means
+
+
+def _measure_pieces(
+    mask: Bool[np.ndarray, "*s"], truth: Bool[np.ndarray, "*s"] | None = None
+) -> tuple[Integer[np.ndarray, " n"], Integer[np.ndarray, " n"]]:
+    """Return the voxels of each connected piece, and how many of them are true."""
+    pieces, count = _number_pieces(mask)
+    voxels = np.bincount(pieces[mask], minlength=count + 1)[1:]
+    hits = np.bincount(pieces[mask & truth], minlength=count + 1)[1:] if truth is not None else voxels
+    return voxels, hits
