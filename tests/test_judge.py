@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -590,6 +591,22 @@ def test_a_referral_is_what_the_files_the_command_and_the_report_say(
         read_sources([tmp_path / "out"])
     with pytest.raises(FileFormatError, match=r"verdicts\.json"):
         read_verdicts(tmp_path / "out" / ".." / "out")
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ({"entropy": 3.0, "quality": 1.0, "ensemble": 0.5}, 0.5),
+        ({"entropy": 3.0, "quality": 1.0}, 1.0),
+        ({"entropy": 3.0, "shape": 4.0}, 4.0),
+        ({"entropy": None, "ensemble": 0.5}, math.inf),
+        ({}, 0.0),
+    ],
+)
+def test_several_networks_are_referred_by_what_they_disagree_about(
+    scores: dict[str, float | None], expected: float
+) -> None:
+    assert suspicion(scores) == expected
 
 
 def test_references_that_are_all_alike_reject_nothing() -> None:

@@ -18,6 +18,8 @@ UNADAPTED_DICE = "unadapted_dice"  # rows of the mean Dice of the mask that adap
 VERDICT, SCORE = "verdict", "score_"  # rows of what was said of a mask, and of what each detector gave
 PREDICTED = ("predicted_dice_low", "predicted_dice", "predicted_dice_high")
 DECISIONS = ("accept", "review", "reject")  # as 0, 1 and 2 in rows
+ENSEMBLE = "ensemble"  # the score of what several networks disagree about
+QUALITY = "quality"  # the score that rises as the Dice to expect falls
 SENSITIVITY = 0.95
 
 
@@ -27,14 +29,18 @@ def is_judgement(metric: str) -> bool:
 
 
 def suspicion(scores: Mapping[str, float | None]) -> float:
-    """Return how much speaks against a mask, by which referral sorts: its "quality", or else its highest score.
+    """Return how much speaks against a mask, by which referral sorts.
 
-    A score that is not finite is beyond all others.
+    What several networks disagree about (Zenk et al., 2025, https://arxiv.org/abs/2406.03323), of one its "quality",
+    or else its highest score. A score that is not finite is beyond all others.
     """
     values = {name: math.inf if value is None else value for name, value in scores.items()}
     if any(value == math.inf for value in values.values()):
         return math.inf
-    return values.get("quality", max(values.values(), default=0.0))
+    for name in (ENSEMBLE, QUALITY):
+        if name in values:
+            return values[name]
+    return max(values.values(), default=0.0)
 
 
 def area_under_roc(known: Numbers, strange: Numbers) -> float:
