@@ -1,6 +1,6 @@
 """Seconds to segment an image with a verdict beside without, taking turns in one process.
 
-Run as `python benchmarks/judge_overhead.py [--threads 0] [--rounds 8] [--output benchmarks/judge_overhead.json]`.
+Run as `python benchmarks/judge_overhead.py [--preset robust] [--threads 0] [--rounds 8] [--output FILE.json]`.
 Both sides use the same run, trained for a few steps on the phantom; the masks are the same.
 """
 
@@ -30,7 +30,7 @@ SETTINGS = {
 }
 
 
-def compare(dimension: int, rounds: int, threads: int) -> dict[str, Any]:
+def compare(dimension: int, preset: str, rounds: int, threads: int) -> dict[str, Any]:
     """Return the seconds of an image with and without verdict, and what the verdict adds."""
     size, overrides = SETTINGS[dimension]
     with tempfile.TemporaryDirectory() as name:
@@ -39,7 +39,7 @@ def compare(dimension: int, rounds: int, threads: int) -> dict[str, Any]:
             write_phantom(folder / "phantom", dimension=dimension, size=size, patients_per_site=3)
         )
         settings = config.load(
-            "baseline", [*overrides, "train.steps=10", "judge.cases=6", f"train.threads={threads}"]
+            preset, [*overrides, "train.steps=10", "judge.cases=6", f"train.threads={threads}"]
         )
         run = train(dataset, settings, folder / "run")
         assert run.judge is not None
@@ -58,6 +58,7 @@ def compare(dimension: int, rounds: int, threads: int) -> dict[str, Any]:
     return {
         "dimension": dimension,
         "shape": list(image.shape),
+        "preset": preset,
         "detectors": list(settings.judge.detectors),
         "seconds_without": round(median["without"], 3),
         "seconds_with": round(median["with"], 3),
@@ -67,6 +68,7 @@ def compare(dimension: int, rounds: int, threads: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--preset", default="robust")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--output", type=Path)
@@ -74,7 +76,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     threads = compute.use_threads(arguments.threads)
     report_dimensions(
-        lambda dimension: compare(dimension, arguments.rounds, threads), arguments.output,
+        lambda dimension: compare(dimension, arguments.preset, arguments.rounds, threads), arguments.output,
         threads=threads, torch=torch.__version__,
     )  # fmt: skip
 

@@ -105,6 +105,7 @@ def test_every_dataset_is_among_the_first_by_turns(organs: Path) -> None:
     dataset = open_dataset(organs)
     chosen = dataset.first_by_turns(2)
     assert Counter(case.domain for case in chosen) == {"heart/a": 1, "heart/b": 1, "head/a": 2}
+    assert [case.task for case in chosen] == ["heart", "heart", "head", "head"]  # by turns of their sites
     assert {*dataset.first_by_turns(99)} == {*dataset.cases}
     alone = dataset.of_task("heart")
     assert alone.first_by_turns(3) == alone.cases_by_turns[:3]

@@ -596,14 +596,16 @@ def test_a_referral_is_what_the_files_the_command_and_the_report_say(
 @pytest.mark.parametrize(
     ("scores", "expected"),
     [
-        ({"entropy": 3.0, "quality": 1.0, "ensemble": 0.5}, 0.5),
+        ({"entropy": 3.0, "quality": 1.0, "ensemble": 0.5}, 1.0),
+        ({"entropy": 3.0, "quality": 0.2, "ensemble": 0.5}, 0.5),
+        ({"entropy": 3.0, "ensemble": 0.5}, 0.5),
         ({"entropy": 3.0, "quality": 1.0}, 1.0),
         ({"entropy": 3.0, "shape": 4.0}, 4.0),
         ({"entropy": None, "ensemble": 0.5}, math.inf),
         ({}, 0.0),
     ],
 )
-def test_several_networks_are_referred_by_what_they_disagree_about(
+def test_what_several_networks_disagree_about_speaks_against_a_mask(
     scores: dict[str, float | None], expected: float
 ) -> None:
     assert suspicion(scores) == expected

@@ -164,6 +164,10 @@ def test_referral_is_of_the_stated_share_the_worst_first() -> None:
     assert [v["verdict"] for v in more.values()] == ["reject", "accept", "accept", "review", "review"]
     assert more["case 3"]["reasons"] == [REFERRED]
     assert [v["verdict"] for v in refer(judged, 0).values()].count("reject") == 1
+    empty = verdicts("accept", "review", "accept") | {
+        "empty": {"verdict": "review", "reasons": [judgement.EMPTY_REASON], "scores": {"ensemble": 0.0}}
+    }
+    assert [v["verdict"] for v in refer(empty, 0.25).values()] == ["accept", "accept", "accept", "review"]
     unknown = judged | {"odd": {"verdict": "accept", "reasons": [], "scores": {"a": None}}}
     assert refer(unknown, 0.34)["odd"]["verdict"] == "review"
     with pytest.raises(ConfigError, match="--referral: 2; expected 0 to 1"):

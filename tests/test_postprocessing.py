@@ -92,7 +92,7 @@ def surround(label: np.ndarray, fragments: np.ndarray) -> np.ndarray:
             voxel = grown.pop()
             hole.add(voxel)
             near = {
-                other for other in left if max(abs(a - b) for a, b in zip(voxel, other, strict=True)) <= 1
+                other for other in left if sum(abs(a - b) for a, b in zip(voxel, other, strict=True)) == 1
             }
             left -= near
             grown += near
@@ -204,7 +204,8 @@ def test_the_gain_is_that_of_the_slow_twin(masks: tuple[np.ndarray, np.ndarray],
     ("gains", "expected"),
     [
         ({0.1: {1: 0.02}, 0.25: {1: 0.024}, 0.5: {1: 0.024}}, 0.1),  # not clearly more
-        ({0.1: {1: 0.02}, 0.25: {1: 0.024}, 0.5: {1: 0.026}}, 0.5),
+        ({0.1: {1: 0.02}, 0.25: {1: 0.024}, 0.5: {1: 0.026}}, 0.25),
+        ({0.1: {1: 0.02}, 0.25: {1: 0.02}, 0.5: {1: 0.026}}, 0.5),
         ({0.1: {1: 0.02}, 0.25: {1: 0.03}, 0.5: {1: 0.033}}, 0.25),
         (
             {0.1: {1: 0.02, 2: 0.0}, 0.25: {1: 0.026, 2: 0.0}, 0.5: {1: 0.01}},
@@ -259,7 +260,7 @@ def test_a_training_learns_it_from_labels_and_held_out_cases(run: Run, phantom: 
                 change = 2 * (kept & other).sum() / (kept.sum() + other.sum())
                 change -= 2 * (one & other).sum() / (one.sum() + other.sum())
                 gains.setdefault(names[index], []).append(change)
-    assert str(run.postprocessing.smaller_than) in facts["mean_dice_gained_below"]
+    assert [*facts["mean_dice_gained_below"]] == ["0.1", "0.25", "0.5"]
     assert facts["dice_gained"] == {name: pytest.approx(np.mean(g), abs=1e-5) for name, g in gains.items()}
 
 
@@ -281,6 +282,13 @@ def test_masks_leave_without_fragments_unless_asked_otherwise(
     assert manifests[0]["cases"][case.id]["sha256"] != manifests[1]["cases"][case.id]["sha256"]
     assert manifests[0]["origin"] != manifests[1]["origin"]
     assert manifests[0]["runs"][0]["postprocessing"]["classes"] == [*run.postprocessing.classes]
+
+
+def test_a_size_that_was_asked_for_is_the_only_one(phantom: Dataset, tmp_path: Path) -> None:
+    config = small_config("train.steps=1", "postprocessing.smaller_than=0.3", "judge.detectors={}")
+    run = train(phantom, config, tmp_path / "run")
+    assert run.postprocessing.smaller_than == 0.3
+    assert [*atomic.read_json(run.path / runs.POSTPROCESSING)["mean_dice_gained_below"]] == ["0.3"]
 
 
 def test_a_run_that_kept_fragments_has_no_rule(phantom: Dataset, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def _learn_postprocessing(segmenter: Segmenter, training: Training, failed: dict
             except Exception as error:  # noqa: BLE001 - whatever it is, it must not cost a finished training
                 failed[case.id] = case.without_folders(describe_error(error))
 
-    sizes = SIZES if settings.smaller_than == "learned" else (settings.smaller_than,)
+    sizes = (settings.smaller_than,) if settings.smaller_than else SIZES
     single = find_single_classes(read_labels(), sizes)
     gains = measure_gain(segment_held_out() if any(single.values()) else (), single)
     size, means = choose_size(gains)

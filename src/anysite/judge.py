@@ -12,12 +12,11 @@ from scipy import special
 
 from anysite import quality, registry
 from anysite.detectors import Detector, Output, Vector
-from anysite.judgement import ENSEMBLE, QUALITY
+from anysite.judgement import EMPTY_REASON, ENSEMBLE, QUALITY
 from anysite.settings import JudgeSettings
 
 LEAST = 5  # distances that a limit can be learned from, and patients that one can be left out of
 REJECT = 3.0  # times as far beyond the usual as where a review begins
-EMPTY_REASON = "nothing was found, which was so in fewer than one of twenty images known"
 COMBINED = "combined"  # the score that rests on those of all detectors, as QUALITY does
 LEAST_DISAGREEMENT = 0.1  # of an ensemble, that sends a mask to review, however high a Dice is asked for
 COMBINED_REASON = "several signs together are unlike those of images it knows"

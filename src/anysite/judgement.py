@@ -18,6 +18,7 @@ UNADAPTED_DICE = "unadapted_dice"  # rows of the mean Dice of the mask that adap
 VERDICT, SCORE = "verdict", "score_"  # rows of what was said of a mask, and of what each detector gave
 PREDICTED = ("predicted_dice_low", "predicted_dice", "predicted_dice_high")
 DECISIONS = ("accept", "review", "reject")  # as 0, 1 and 2 in rows
+EMPTY_REASON = "nothing was found, which was so in fewer than one of twenty images known"
 ENSEMBLE = "ensemble"  # the score of what several networks disagree about
 QUALITY = "quality"  # the score that rises as the Dice to expect falls
 SENSITIVITY = 0.95
@@ -31,16 +32,14 @@ def is_judgement(metric: str) -> bool:
 def suspicion(scores: Mapping[str, float | None]) -> float:
     """Return how much speaks against a mask, by which referral sorts.
 
-    What several networks disagree about (Zenk et al., 2025, https://arxiv.org/abs/2406.03323), of one its "quality",
-    or else its highest score. A score that is not finite is beyond all others.
+    Its "quality", or, where it is larger, what several networks disagree about (Zenk et al., 2025,
+    https://arxiv.org/abs/2406.03323); without either its highest score. A score that is not finite is beyond all others.
     """
     values = {name: math.inf if value is None else value for name, value in scores.items()}
     if any(value == math.inf for value in values.values()):
         return math.inf
-    for name in (ENSEMBLE, QUALITY):
-        if name in values:
-            return values[name]
-    return max(values.values(), default=0.0)
+    telling = [values[name] for name in (ENSEMBLE, QUALITY) if name in values]
+    return max(telling or values.values(), default=0.0)
 
 
 def area_under_roc(known: Numbers, strange: Numbers) -> float:

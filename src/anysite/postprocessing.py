@@ -53,7 +53,8 @@ def remove(label: LabelMap, fragments: Bool[np.ndarray, "*s"]) -> None:
         return
     box = _widen(found[0])
     label, fragments = label[box], fragments[box]
-    numbers, _ = _number_pieces(fragments)
+    numbers = np.zeros(fragments.shape, np.int32)
+    ndimage.label(fragments, output=numbers)
     for number, smallest in enumerate(ndimage.find_objects(numbers), 1):
         near = _widen(smallest)
         fragment = numbers[near] == number
@@ -105,12 +106,13 @@ def find_single_classes(
     seen: Counter[int] = Counter()
     broken: set[tuple[float, int]] = set()
     for label, known in labels:
-        for index in sorted({*known} - {0}):
-            voxels, _ = _measure_pieces(label == index)
-            if not len(voxels):
+        for index, box in enumerate(ndimage.find_objects(label), 1):
+            whole = [size for size in sizes if (size, index) not in broken]
+            if box is None or index not in known or not whole:
                 continue
             seen[index] += 1
-            for size in sizes:
+            voxels, _ = _measure_pieces(label[box] == index)
+            for size in whole:
                 if voxels[voxels < size * voxels.max()].sum() > TOLERATED * voxels.sum():
                     broken.add((size, index))
     enough = sorted(index for index, count in seen.items() if count >= LEAST_LABELS)
@@ -122,22 +124,29 @@ def measure_gain(
 ) -> dict[float, dict[int, float]]:
     """Return by how much taking fragments out raises the Dice of each class, the mean over cases that hold it.
 
+    What other classes gain or lose by enclosed fragments that become theirs is not counted.
+
     Args:
         pairs: A predicted label map, the true one, and the classes that it tells of.
         single: For each size that a fragment may be, the classes to take them out of.
     """
     gains: dict[float, dict[int, list[float]]] = {size: {} for size in single}
     for predicted, truth, known in pairs:
+        boxes = dict(enumerate(ndimage.find_objects(predicted), 1))
         for index in set().union(*single.values()) & {*known}:
-            true = truth == index
-            voxels, hits = _measure_pieces(predicted == index, true)
-            if not len(voxels) and not true.any():
+            true = int((truth == index).sum())
+            box = boxes.get(index)
+            if box is None:  # nothing to take out
+                voxels = hits = np.zeros(0, int)
+            else:
+                voxels, hits = _measure_pieces(predicted[box] == index, truth[box] == index)
+            if not len(voxels) and not true:
                 continue
             for size, classes in single.items():
                 kept = voxels >= size * voxels.max(initial=0)
                 if index in classes:
                     after, before = (
-                        2 * hits[chosen].sum() / (voxels[chosen].sum() + true.sum())
+                        2 * hits[chosen].sum() / (voxels[chosen].sum() + true)
                         for chosen in (kept, slice(None))
                     )
                     gains[size].setdefault(index, []).append(float(after - before))
@@ -150,7 +159,7 @@ def measure_gain(
 def choose_size(gains: Mapping[float, Mapping[int, float]]) -> tuple[float, dict[float, float]]:
     """Return which size fragments are taken out below, and the mean gain of every one.
 
-    The smallest, unless a larger one gains clearly more: one that gains as much may harm more where pieces of a
+    The smallest that no larger one gains clearly more than: one that gains as much may harm more where pieces of a
     structure come apart.
 
     Args:
@@ -161,10 +170,11 @@ def choose_size(gains: Mapping[float, Mapping[int, float]]) -> tuple[float, dict
         size: sum(max(gain, 0) for gain in of_size.values()) / max(len(classes), 1)
         for size, of_size in gains.items()
     }
-    chosen, *larger = sorted(means)
-    for size in larger:
-        if means[size] >= means[chosen] + WORTHWHILE:
-            chosen = size
+    chosen = next(
+        size
+        for size in sorted(means)
+        if all(mean < means[size] + WORTHWHILE for larger, mean in means.items() if larger > size)
+    )
     return chosen, means
 
 

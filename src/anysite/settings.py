@@ -294,10 +294,12 @@ class PostprocessingSettings(Settings):
         description="learned: they are taken out of classes that have none in the labels of training, unless that "
         "lowers the Dice of held-out source cases",
     )
-    smaller_than: Annotated[float, Field(gt=0, le=1)] | Literal["learned"] = Field(
-        default="learned",
-        description="what a fragment is, as a share of the largest piece's voxels; learned: a tenth, or a quarter or "
-        "half where that gains clearly more on held-out source cases",
+    smaller_than: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="what a fragment is, as a share of the largest piece's voxels; 0: a tenth, or a quarter or half "
+        "where that gains clearly more on held-out source cases",
     )
     labels: int = Field(
         default=30, gt=0, description="training labels, of each of several datasets, looked at at most"

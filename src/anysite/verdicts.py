@@ -11,7 +11,7 @@ from typing import Any
 
 from anysite import atomic
 from anysite.errors import ConfigError, FileFormatError
-from anysite.judgement import DECISIONS, suspicion
+from anysite.judgement import DECISIONS, EMPTY_REASON, suspicion
 
 VERDICTS = "verdicts.json"
 VERDICT_FILES = (VERDICTS, "verdicts.csv")
@@ -88,16 +88,21 @@ def require_own(folder: Path) -> None:
 def refer(cases: Verdicts, share: float) -> Verdicts:
     """Return verdicts of which a stated share, rounded down, is to be reviewed: those that most speaks against.
 
-    Rejected ones come first and stay rejected, also beyond the share; reviews beyond it become acceptances.
+    Rejected ones come first and stay rejected, also beyond the share, and after them those in which nothing was
+    found, about which networks agree well; reviews beyond the share become acceptances.
 
     Raises:
         ConfigError: a share outside 0 to 1.
     """
     if not 0 <= share <= 1:
         raise ConfigError(f"{share:g}", where="--referral", expected="0 to 1")
-    order = sorted(
-        cases, key=lambda case: (cases[case]["verdict"] != "reject", -suspicion(cases[case]["scores"]), case)
-    )
+
+    def place(case: str) -> tuple[bool, bool, float, str]:
+        verdict = cases[case]
+        empty = EMPTY_REASON in verdict["reasons"]
+        return verdict["verdict"] != "reject", not empty, -suspicion(verdict["scores"]), case
+
+    order = sorted(cases, key=place)
     seen = set(order[: math.floor(share * len(order) + 1e-9)])
     result: Verdicts = {}
     for case, verdict in cases.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -145,12 +146,13 @@ class Dataset:
 
     def first_by_turns(self, count: int) -> tuple[Case, ...]:
         """Return that many of the cases that take turns, of each dataset where there are several."""
-        taken: dict[str, list[Case]] = {}
+        taken: Counter[str] = Counter()
+        chosen = []
         for case in self.cases_by_turns:
-            of_dataset = taken.setdefault(case.task, [])
-            if len(of_dataset) < count:
-                of_dataset.append(case)
-        return tuple(itertools.chain.from_iterable(taken.values()))
+            taken[case.task] += 1
+            if taken[case.task] <= count:
+                chosen.append(case)
+        return tuple(chosen)
 
     @property
     def labelled(self) -> tuple[Case, ...]:
