@@ -33,7 +33,8 @@ def suspicion(scores: Mapping[str, float | None]) -> float:
     """Return how much speaks against a mask, by which referral sorts.
 
     Its "quality", or, where it is larger, what several networks disagree about (Zenk et al., 2025,
-    https://arxiv.org/abs/2406.03323); without either its highest score. A score that is not finite is beyond all others.
+    https://arxiv.org/abs/2406.03323); without either its highest score. A score that is not finite is
+    beyond all others.
     """
     values = {name: math.inf if value is None else value for name, value in scores.items()}
     if any(value == math.inf for value in values.values()):
