@@ -244,7 +244,9 @@ def test_a_training_learns_it_from_labels_and_held_out_cases(run: Run, phantom: 
     facts = atomic.read_json(run.path / runs.POSTPROCESSING)
     names = run.plan.classes
     assert facts["in_one_piece"] == [*names[1:]]  # as the phantom's labels are
-    assert describe(run.path)["no_fragments_of"] == [names[index] for index in run.postprocessing.classes]
+    told = describe(run.path)
+    assert told["no_fragments_of"] == [names[index] for index in run.postprocessing.classes]
+    assert told["fragments_below"] == run.postprocessing.smaller_than
     assert run.postprocessing.classes == tuple(
         index for index, name in enumerate(names) if facts["dice_gained"].get(name, -1) >= 0
     )

@@ -63,13 +63,14 @@ def _describe_run(path: Path) -> dict[str, Any]:
         "started_from",
     )
     learned = path / "postprocessing.json"  # absent of a run that learned none
-    without = _read_object(learned).get("without_fragments") if learned.is_file() else []
+    rule = _read_object(learned) if learned.is_file() else {"without_fragments": []}
     return {
         "kind": "run",
         **{key: manifest[key] for key in shown if key in manifest},
         "cases": {role: len(ids) for role, ids in splits.items()},
         **{key: plan.get(key) for key in ("classes", "patch_size", "spacing", "reasons")},
-        "no_fragments_of": without,
+        "no_fragments_of": rule.get("without_fragments"),
+        "fragments_below": rule.get("smaller_than"),
     }
 
 
