@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from scipy import special
 
 from anysite import atomic, runs
@@ -19,6 +20,7 @@ from anysite.calibration import (
     CALIBRATION_METRICS,
     Temperature,
     allow_unknown,
+    find_likeliest,
     fit_temperature,
     fold_unknown,
     score_calibration,
@@ -174,6 +176,13 @@ def test_no_voxel_changes_and_probabilities_stay_so(
     else:
         assert (calibrated.argmax(0) == probabilities.argmax(0)).all()
         np.testing.assert_allclose(calibrated.sum(0), 1)
+
+
+@given(data=st.data(), classes=st.integers(1, 300))
+def test_the_likeliest_class_is_the_first_of_the_largest(data: st.DataObject, classes: int) -> None:
+    few_values = st.sampled_from([0.0, 0.25, 0.5, 1.0])
+    chances = data.draw(arrays(np.float32, (classes, 3, 2), elements=few_values))
+    np.testing.assert_array_equal(find_likeliest(chances), chances.argmax(0))
 
 
 def test_a_certain_network_stays_finite() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage, special
 
 from anysite import atomic, cli, quality, registry, runs
 from anysite import judge as judging
@@ -39,7 +40,7 @@ from anysite.judge import (
 )
 from anysite.judgement import suspicion
 from anysite.learner import build_network
-from anysite.observations import count_agreement, count_shared, sum_layer
+from anysite.observations import count_agreement, count_shared, sum_layers
 from anysite.plan import Normalisation, Plan
 from anysite.predict import judged_by_image_alone, predict
 from anysite.references import learn_references
@@ -61,7 +62,12 @@ PATIENTS = [str(number) for number in range(100)]
 
 
 def layer_of(positions: np.ndarray) -> Layer:
-    return Layer(len(positions), len(positions), positions.sum(0), positions.T @ positions)
+    return Layer(len(positions), positions.sum(0), positions.T @ positions)
+
+
+def signature_of(layer: Layer) -> np.ndarray:
+    assert layer.gram is not None
+    return signature(layer.gram, layer.count)
 
 
 @pytest.fixture
@@ -127,13 +133,13 @@ def test_signatures_are_those_of_the_singular_values(rng: np.random.Generator) -
     scale = np.sqrt(10_000 / 5000)
     logarithms = np.log(scale * torch.linalg.svdvals(torch.from_numpy(positions)).numpy())
     expected = logarithms / np.linalg.norm(logarithms)
-    np.testing.assert_allclose(signature(layer), expected, rtol=1e-6)
-    assert np.linalg.norm(signature(layer)) == pytest.approx(1)
+    np.testing.assert_allclose(signature_of(layer), expected, rtol=1e-6)
+    assert np.linalg.norm(signature_of(layer)) == pytest.approx(1)
     shuffled = layer_of(rng.permutation(positions)[:, rng.permutation(32)])
-    np.testing.assert_allclose(signature(shuffled), expected, rtol=1e-6)
-    np.testing.assert_allclose(signature(layer + layer), expected, rtol=1e-6)  # size does not count
+    np.testing.assert_allclose(signature_of(shuffled), expected, rtol=1e-6)
+    np.testing.assert_allclose(signature_of(layer + layer), expected, rtol=1e-6)  # size does not count
     flat = layer_of(np.ones((10, 4)))  # three directions unused
-    assert np.isfinite(signature(flat)).all()
+    assert np.isfinite(signature_of(flat)).all()
 
 
 def test_a_training_image_has_no_spectral_distance_from_itself(draw: Draw) -> None:
@@ -168,19 +174,75 @@ def test_entropy_inside_leaves_out_borders(draw: Draw) -> None:
     assert foreground.describe(draw(empty=True))[0] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("region", ["foreground", "inside"])
+@pytest.mark.parametrize("overlapping", [False, True], ids=["classes", "regions"])
+@pytest.mark.parametrize("shape", [(19, 23), (9, 11, 12)])
+def test_entropy_is_that_of_a_slow_twin(
+    shape: tuple[int, ...], overlapping: bool, region: str, rng: np.random.Generator
+) -> None:
+    """Computed everywhere, and not only around what was found."""
+    smooth = 30 * ndimage.gaussian_filter(rng.normal(size=(3, *shape)), (0, *[2.0] * len(shape))) - 1
+    chances = special.expit(smooth) if overlapping else special.softmax(smooth, 0)
+    wrong = special.entr(chances).sum(0) + overlapping * special.entr(1 - chances).sum(0)
+    kinds = [chances > 0.5] if overlapping else [chances.argmax(0)[None]]
+    label = sum((2**index * kind for index, kind in enumerate(kinds[0])), np.zeros(shape, int))
+    chosen = ndimage.binary_dilation(label > 0, iterations=2)
+    if region == "inside":
+        chosen &= ndimage.maximum_filter(label, 5) == ndimage.minimum_filter(label, 5)
+    assert 0 < chosen.sum() < chosen.size
+    expected = wrong[chosen].mean() / (3 * np.log(2) if overlapping else np.log(3))
+    described = registry.build("detector", "entropy", region=region).describe(
+        Output(np.zeros((1, *shape)), chances, overlapping, ())
+    )
+    assert described[0] == pytest.approx(expected, rel=1e-5)
+
+
 def test_windows_add_up_and_large_ones_are_thinned() -> None:
     features = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
     positions = features.movedim(1, -1).reshape(-1, 3).double().numpy()
-    whole = sum_layer(features)
+    (whole,) = sum_layers([features])
+    assert whole.gram is not None
     np.testing.assert_allclose(whole.gram, positions.T @ positions, rtol=1e-5)
     np.testing.assert_allclose(whole.total, positions.sum(0), rtol=1e-4, atol=1e-5)
-    (parts,) = add_layers([sum_layer(features[:1])], [sum_layer(features[1:])])
+    (parts,) = add_layers(sum_layers([features[:1]]), sum_layers([features[1:]]))
+    assert parts.gram is not None
     np.testing.assert_allclose(parts.gram, whole.gram, rtol=1e-5)
     assert parts.count == whole.count == 70
-    assert parts.per_window == whole.per_window == 35
-    assert sum_layer(torch.randn(1, 2, 200, 200)).count == 40_000
-    assert 16_384 <= sum_layer(torch.randn(1, 2, 300, 300)).count <= 65_536
-    assert 8_192 <= sum_layer(torch.randn(1, 2, 48, 48, 48)).count <= 65_536
+    for size, least, most in (
+        ((200, 200), 40_000, 40_000),
+        ((300, 300), 16_384, 65_536),
+        ((48, 48, 48), 8_192, 65_536),
+    ):
+        (thinned,) = sum_layers([torch.randn(1, 2, *size)])
+        assert least <= thinned.count <= most
+
+
+def test_spectra_are_taken_of_layers_with_enough_positions_for_their_channels() -> None:
+    torch.manual_seed(0)
+    encoder = [torch.randn(3, 4, 16, 16), torch.randn(3, 8, 8, 16), torch.randn(3, 16, 4, 4)]
+    layers = sum_layers(encoder)
+    assert [layer.gram is not None for layer in layers] == [True, True, False]  # 64, 16 and 1 a channel
+    assert [layer.count for layer in layers] == [3 * 256, 3 * 128, 3 * 16]
+    assert [layer.gram is not None for layer in sum_layers(encoder[2:])] == [True]  # where there is no other
+    (doubled,) = add_layers(layers[2:], layers[2:])
+    assert doubled.gram is None
+    np.testing.assert_allclose(doubled.total, 2 * layers[2].total)
+
+
+def test_sums_in_blocks_give_the_signatures_of_singular_values_in_double_precision() -> None:
+    """Of features that are nearly alike too, more than those of trained networks."""
+    torch.manual_seed(0)
+    features = torch.relu(torch.randn(2, 12, 90, 91))
+    features[:, 1:] = features[:, :1] + torch.logspace(-2.5, 0, 11)[None, :, None, None] * features[:, 1:]
+    positions = features.movedim(1, -1).flatten(0, 2).double()
+    values = torch.linalg.svdvals(positions)
+    assert values[-1] < 2e-3 * values[0]
+    expected = (values * math.sqrt(10_000 / len(positions))).log().numpy()
+    (layer,) = sum_layers([features])
+    assert layer.gram is not None
+    np.testing.assert_allclose(
+        signature(layer.gram, layer.count), expected / np.linalg.norm(expected), atol=5e-4
+    )
 
 
 def test_each_singular_value_counts_by_how_far_it_varies_over_training_images(
@@ -214,7 +276,7 @@ def test_a_larger_image_of_the_same_kind_is_no_further_away() -> None:
             for _ in range(windows):
                 window = blur(torch.randn(1, 1, 64, 64), smoothness)
                 features = network.eval().encode(window)
-                layers = add_layers(layers, [sum_layer(feature) for feature in features])
+                layers = add_layers(layers, sum_layers(features))
         return spectral.describe(Output(np.zeros((1, 4, 4)), np.zeros((2, 4, 4)), False, layers))
 
     spectral.fit(np.stack([vector(1) for _ in range(15)]))

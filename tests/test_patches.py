@@ -436,9 +436,9 @@ def test_windows_are_compared_with_what_those_before_them_made_of_the_same_voxel
     def count(windows: Tensor) -> Tensor:  # every window says its own number everywhere
         return torch.stack([torch.full((1, *size), float(next(numbers))) for _ in windows])
 
-    told: list[tuple[Tensor, Tensor]] = []
+    told: list[tuple[Tensor, Tensor, Tensor]] = []
     image = torch.randn(1, *shape)
-    slide(image, count, plan(size, 1), overlap, 3, lambda before, now: told.append((before, now)))
+    slide(image, count, plan(size, 1), overlap, 3, lambda *shown: told.append(shown))
     weight = gaussian_weight(size)
     merged, total, expected = torch.zeros(shape), torch.zeros(shape), []
     for number, start in enumerate(place_windows(shape, size, overlap)):
@@ -449,13 +449,11 @@ def test_windows_are_compared_with_what_those_before_them_made_of_the_same_voxel
         merged[place] += number * weight
         total[place] += weight
     assert len(told) == len(expected) > 0
-    for (before, now), (merged_before, number) in zip(told, expected, strict=True):
-        torch.testing.assert_close(before[0], merged_before)
+    for (before, now, shared), (merged_before, number) in zip(told, expected, strict=True):
+        torch.testing.assert_close(before[0][shared], merged_before)
         assert (now == number).all()
         assert before.shape == now.shape
 
 
 def test_one_window_has_nothing_to_be_compared_with() -> None:
-    slide(
-        torch.randn(1, 7, 6), identity, plan((8, 8), 1), 0.5, 2, lambda before, now: pytest.fail("compared")
-    )
+    slide(torch.randn(1, 7, 6), identity, plan((8, 8), 1), 0.5, 2, lambda *shown: pytest.fail("compared"))

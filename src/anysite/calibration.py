@@ -43,8 +43,21 @@ class Temperature:
             values = np.broadcast_to(values, len(probabilities)).reshape(-1, *[1] * (probabilities.ndim - 1))
             own, other = (np.log(np.maximum(p, LEAST)) for p in (probabilities, 1 - probabilities))
             return special.expit((own - other) / values)
-        chosen = values[0] if len(values) == 1 else values[probabilities.argmax(0)]
+        chosen = values[0] if len(values) == 1 else values[find_likeliest(probabilities)]
         return special.softmax(np.log(np.maximum(probabilities, LEAST)) / chosen, axis=0)
+
+
+def find_likeliest(probabilities: Float[np.ndarray, "k *s"]) -> Integer[np.ndarray, "*s"]:
+    """Return the index of every voxel's largest value, the first of equal ones.
+
+    As argmax does, which along a first axis takes several times as long.
+    """
+    label = np.zeros(probabilities.shape[1:], np.min_scalar_type(len(probabilities)))
+    largest = probabilities[0].copy()
+    for index, chance in enumerate(probabilities[1:], 1):
+        np.copyto(label, index, where=chance > largest)
+        np.maximum(largest, chance, out=largest)
+    return label
 
 
 def fit_temperature(
@@ -69,7 +82,7 @@ def fit_temperature(
     if not per_class:
         return Temperature((overall,))
     values = []
-    likeliest = probabilities.argmax(0)
+    likeliest = find_likeliest(probabilities)
     for index in range(len(probabilities)):
         chosen = np.ones(len(likeliest), bool) if overlapping else likeliest == index
         rows = slice(index, index + 1) if overlapping else slice(None)
@@ -170,7 +183,7 @@ def _answers(chances: np.ndarray, truth: np.ndarray, overlapping: bool) -> tuple
     """Return how sure every answer was, and whether it was right."""
     if overlapping:
         return np.maximum(chances, 1 - chances).ravel(), ((chances > 0.5) == truth).ravel()
-    return chances.max(0), np.take_along_axis(truth, chances.argmax(0)[None], 0)[0]
+    return chances.max(0), np.take_along_axis(truth, find_likeliest(chances)[None].astype(np.intp), 0)[0]
 
 
 def _bin(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

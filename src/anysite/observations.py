@@ -2,39 +2,62 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from anysite.detectors import Agreement, Layer
+from anysite.windows import thin_out
 
 # Of a window that a layer's sums are taken over; of a sixteenth of them chance hides what small structures change.
 POSITIONS = 65_536
+FULL = 16  # positions a channel that a window gives; of fewer the number of windows would shape the spectrum
+BLOCK = 256  # positions whose products are summed in single precision, which is several times as fast
 
 
-def sum_layer(features: Float[Tensor, "b w *t"]) -> Layer:
-    """Return the sums over a layer's positions, of a regular grid of 65,536 a window at most."""
-    step = max(1, math.ceil((math.prod(features.shape[2:]) / POSITIONS) ** (1 / (features.ndim - 2))))
-    places = (slice(None), slice(None), *[slice(None, None, step)] * (features.ndim - 2))
-    positions = features[places].movedim(1, -1).flatten(0, -2)
-    with torch.autocast(features.device.type, enabled=False):
-        positions = positions.double()
-        gram, total = positions.T @ positions, positions.sum(0)
-    count = len(positions)
-    return Layer(count, count // len(features), total.cpu().numpy(), gram.cpu().numpy())
+def sum_layers(features: Sequence[Float[Tensor, "b _ ..."]]) -> list[Layer]:
+    """Return the sums over the positions of every layer, of a regular grid of 65,536 a window at most.
+
+    Outer products are summed of layers whose windows have at least 16 times as many positions as channels; where there
+    is none, of the one that has the most.
+    """
+    grids = [layer[(..., *thin_out(layer.shape[2:], POSITIONS))].movedim(1, -1) for layer in features]
+    positions = [grid.flatten(0, -2) for grid in grids]
+    fullness = [grid[0].numel() / grid.shape[-1] ** 2 for grid in grids]
+    least = min(FULL, max(fullness))
+    return [_sum_up(rows, share >= least) for rows, share in zip(positions, fullness, strict=True)]
 
 
-def count_agreement(views: Sequence[Float[Tensor, "b k *s"]], overlapping: bool) -> Agreement:
-    """Return how far segmentations of the same windows, given as probabilities, agree."""
+def _sum_up(positions: Float[Tensor, "n w"], with_products: bool) -> Layer:
+    with torch.autocast(positions.device.type, enabled=False):
+        blocks = F.pad(positions.float(), (0, 0, 0, -len(positions) % BLOCK)).unflatten(0, (-1, BLOCK))
+        total = blocks.sum(1).double().sum(0).cpu().numpy()
+        gram = (blocks.mT @ blocks).double().sum(0).cpu().numpy() if with_products else None
+    return Layer(len(positions), total, gram)
+
+
+def count_agreement(
+    views: Sequence[Float[Tensor, "b k *s"]], overlapping: bool, where: Bool[Tensor, "b *s"] | None = None
+) -> Agreement:
+    """Return how far segmentations of the same windows, given as probabilities, agree.
+
+    Args:
+        views: One for every segmentation.
+        overlapping: Whether they are of regions; otherwise the likeliest class counts.
+        where: Voxels to count; none: all of them.
+    """
     if overlapping:
         maps = torch.stack([view > 0.5 for view in views])
     else:
-        labels = torch.stack([view.argmax(1) for view in views])
+        # Not argmax, which along a first axis takes several times as long.
+        labels = torch.stack([view.max(1).indices for view in views])
         maps = torch.stack([labels == index for index in range(1, views[0].shape[1])], 2)
+    if where is not None:
+        maps &= where[:, None]
     positions = maps.movedim(2, 0).flatten(2).float()
     with torch.autocast(positions.device.type, enabled=False):
         shared = positions @ positions.mT

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.nn import functional as F
 
+from anysite.calibration import find_likeliest
 from anysite.data.limits import HOUNSFIELD_BELOW
 from anysite.data.volume import Volume, interpolation_matrix
 from anysite.errors import ConfigError, GeometryError
@@ -231,7 +232,7 @@ class Plan(BaseModel):
         with that as its background it was learned.
         """
         if not self.regions and (len(self.variants) < 2 or self.unknown == "left_out"):
-            return probabilities.argmax(axis=0).astype(np.int32)
+            return find_likeliest(probabilities)
         if not self.regions:
             return self._decide_jointly(probabilities)
         label = np.zeros(probabilities.shape[1:], np.int32)

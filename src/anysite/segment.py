@@ -32,7 +32,7 @@ from anysite.guard import (
 from anysite.judge import Judge, Verdict, average_verdicts
 from anysite.maps import GridMaps, Prediction, average
 from anysite.networks import Network
-from anysite.observations import count_agreement, count_shared, sum_layer
+from anysite.observations import count_agreement, count_shared, sum_layers
 from anysite.plan import Plan
 from anysite.postprocessing import combine
 from anysite.runs import Run, is_pretraining
@@ -269,7 +269,7 @@ class Segmenter:
                 if member.predict is None:
                     features = network.encode(view)
                     if watch and not axes:
-                        layers = add_layers(layers, [sum_layer(feature) for feature in features])
+                        layers = add_layers(layers, sum_layers(features))
                     logits = network.decode(features).float()
                 else:
                     logits = member.predict(view).float()
@@ -280,13 +280,13 @@ class Segmenter:
                 compare(views)
             return torch.stack(views).mean(0)
 
-        def compare(views: Sequence[Tensor]) -> None:
+        def compare(views: Sequence[Tensor], where: Tensor | None = None) -> None:
             nonlocal agreement
-            found = count_agreement(views, bool(plan.regions))
+            found = count_agreement(views, bool(plan.regions), where)
             agreement = found if agreement is None else agreement + found
 
-        def compare_windows(before: Tensor, now: Tensor) -> None:
-            compare([before[None], now[None]])
+        def compare_windows(before: Tensor, now: Tensor, shared: Tensor) -> None:
+            compare([before[None], now[None]], shared[None])
 
         # Windows that overlap see the same voxels, each in a context of its own.
         other_views = watch and len(sets) == 1

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from anysite.plan import Plan
 
+COMPARED = 16_384  # voxels of a window that are compared with others, of a regular grid
 COUNTS = 0.01  # of a window's greatest weight, above which what it says of a voxel is compared with others
 
 
@@ -66,13 +68,20 @@ def gaussian_weight(size: Sequence[int], sigma_fraction: float = 0.125) -> Tenso
     return weight.clamp_min(1e-3 * float(weight.max()))
 
 
+def thin_out(shape: Sequence[int], most: int) -> tuple[slice, ...]:
+    """Return every n-th place along each axis, with n so that there are about `most` of them, or fewer."""
+    step = max(1, math.ceil((math.prod(shape) / most) ** (1 / len(shape))))
+    return (slice(None, None, step),) * len(shape)
+
+
 def slide(
     image: Float[Tensor, "c *s"],
     predict: Callable[[Float[Tensor, "b c2 *p"]], Float[Tensor, "b k *p"]],
     plan: Plan,
     overlap: float,
     batch_size: int,
-    on_overlap: Callable[[Float[Tensor, "k n"], Float[Tensor, "k n"]], None] | None = None,
+    on_overlap: Callable[[Float[Tensor, "k *g"], Float[Tensor, "k *g"], Bool[Tensor, "*g"]], None]
+    | None = None,
 ) -> Float[Tensor, "k *s"]:
     """Predict every window of an image on the plan's grid and merge the values by Gaussian weights.
 
@@ -80,8 +89,9 @@ def slide(
     background and are not predicted, unless there are no others.
 
     Args:
-        on_overlap: Is given, for every window, what the windows before it made together of the voxels that they
-            share, and what it makes of them; not where a window hardly counts, near its border.
+        on_overlap: Is given, for every window, what the windows before it made together of its voxels, of a regular
+            grid of 16,384 at most, what it makes of them, and which of them it shares with the others; not where a
+            window hardly counts, near its border.
     """
     size = (1, *plan.patch_size) if plan.slice_wise else plan.patch_size
     context = plan.context_slices if plan.slice_wise else None
@@ -106,10 +116,11 @@ def slide(
             to_image, from_window = _overlap(start, size, image.shape[1:])
             inside, own, before = value[(slice(None), *from_window)], weight[from_window], total[to_image]
             if on_overlap is not None:
-                shared = (before >= least) & (own >= least)
+                grid = thin_out(own.shape, COMPARED)
+                shared = (before[grid] >= least) & (own[grid] >= least)
                 if shared.any():
-                    known = merged[(slice(None), *to_image)][:, shared] / before[shared]
-                    on_overlap(known, inside[:, shared])
+                    known = merged[(slice(None), *to_image)][(..., *grid)] / before[grid].clamp_min(least)
+                    on_overlap(known, inside[(..., *grid)], shared)
             merged[(slice(None), *to_image)] += inside * own
             total[to_image] += own
     return merged.div_(total)

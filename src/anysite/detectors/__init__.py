@@ -5,10 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer
+
+from anysite.calibration import find_likeliest
 
 Vector = Float[np.ndarray, " _"]
 Vectors = Float[np.ndarray, "n _"]
@@ -20,19 +23,18 @@ class Layer:
 
     Attributes:
         count: Number of positions.
-        per_window: Of those, the number that one window gave.
         total: Sum of the features.
-        gram: Sum of their outer products, so that windows add up.
+        gram: Sum of their outer products, so that windows add up; none where a window gives so few positions that
+            the number of windows would shape the spectrum.
     """
 
     count: int
-    per_window: int
     total: Float[np.ndarray, " w"]
-    gram: Float[np.ndarray, "w w"]
+    gram: Float[np.ndarray, "w w"] | None
 
     def __add__(self, other: Layer) -> Layer:
-        per_window = min(self.per_window, other.per_window)
-        return Layer(self.count + other.count, per_window, self.total + other.total, self.gram + other.gram)
+        gram = None if self.gram is None or other.gram is None else self.gram + other.gram
+        return Layer(self.count + other.count, self.total + other.total, gram)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,20 +79,27 @@ class Output:
     layers: tuple[Layer, ...]
     agreement: Agreement | None = None
 
+    @cached_property
+    def label(self) -> Integer[np.ndarray, "*s"]:
+        """The likeliest class of every voxel; of regions a number for every set of them."""
+        if not self.overlapping:
+            return find_likeliest(self.probabilities)
+        label = np.zeros(self.probabilities.shape[1:], np.int32)
+        for index, chance in enumerate(self.probabilities):
+            label |= (chance > 0.5).astype(np.int32) << index
+        return label
+
     @property
     def masks(self) -> Bool[np.ndarray, "m *s"]:
         """Which voxels belong to each region, or to each class but the background."""
         if self.overlapping:
             return self.probabilities > 0.5
-        label = self.probabilities.argmax(0)
-        return np.stack([label == index for index in range(1, len(self.probabilities))])
+        return np.stack([self.label == index for index in range(1, len(self.probabilities))])
 
     @property
     def foreground(self) -> Bool[np.ndarray, "*s"]:
         """Where anything but background was found."""
-        if self.overlapping:
-            return np.asarray((self.probabilities > 0.5).any(0))
-        return np.asarray(self.probabilities.argmax(0) > 0)
+        return np.asarray(self.label > 0)
 
 
 class Detector(ABC):

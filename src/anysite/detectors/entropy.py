@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from scipy import ndimage, special
+from jaxtyping import Bool, Float
+from scipy import ndimage
 
 from anysite.detectors import Detector, Output, Vector, Vectors
 
 EDGE = 2  # voxels to either side
+LEAST = 1e-30  # probability; its logarithm is finite
 
 
 class Entropy(Detector):
@@ -29,22 +31,23 @@ class Entropy(Detector):
 
     def describe(self, output: Output) -> Vector:
         """Return the mean entropy, 1 if nothing were known; over the whole image where nothing was found."""
-        entropy = np.zeros(output.probabilities.shape[1:], np.float32)
-        label = np.zeros(entropy.shape, np.int32)
-        for index, chance in enumerate(output.probabilities):  # one at a time, for the sake of memory
-            entropy += special.entr(chance)
-            if output.overlapping:
-                entropy += special.entr(1 - chance)
-                label |= (chance > 0.5).astype(np.int32) << index
-        if not output.overlapping:
-            label = output.probabilities.argmax(0)
-        count = len(output.probabilities)
-        entropy /= count * np.log(2) if output.overlapping else np.log(count)
+        box = _around_everything(output.foreground)
+        label = output.label[box]
         around = ndimage.binary_dilation(label > 0, iterations=EDGE)
         if self.region == "inside":
             edge = ndimage.maximum_filter(label, 2 * EDGE + 1) != ndimage.minimum_filter(label, 2 * EDGE + 1)
             around = around & ~edge if (around & ~edge).any() else around  # thin structures are all edge
-        return np.array([entropy[around].mean() if around.any() else entropy.mean()])
+        if not around.any():
+            around[...] = True
+        entropy = np.zeros(np.count_nonzero(around), np.float32)
+        for chance in output.probabilities:  # one at a time, for the sake of memory
+            chosen = chance[box][around]
+            entropy -= chosen * _logarithm(chosen)
+            if output.overlapping:
+                entropy -= (1 - chosen) * _logarithm(1 - chosen)
+        count = len(output.probabilities)
+        entropy /= count * np.log(2) if output.overlapping else np.log(count)
+        return np.array([entropy.mean()])
 
     def fit(self, vectors: Vectors) -> None:
         """Learn nothing: the network's own doubt needs no reference."""
@@ -52,3 +55,15 @@ class Entropy(Detector):
     def distance(self, vector: Vector) -> float:
         """Return the entropy."""
         return float(vector[0])
+
+
+def _logarithm(chances: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    return np.log(np.maximum(chances, LEAST))
+
+
+def _around_everything(found: Bool[np.ndarray, "*s"]) -> tuple[slice, ...]:
+    """Return the smallest box about all that was found, with a margin for its edge; all where nothing was."""
+    boxes = ndimage.find_objects(found.astype(np.uint8))
+    if not boxes:
+        return (slice(None),) * found.ndim
+    return tuple(slice(max(0, part.start - 2 * EDGE), part.stop + 2 * EDGE) for part in boxes[0])

@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Float
 
-from anysite.detectors import Detector, Layer, Output, Vector, Vectors
+from anysite.detectors import Detector, Output, Vector, Vectors
 
 POSITIONS = 10_000  # to which every image is scaled, so that its size does not count
 SMALLEST = 1e-5  # singular value, relative to the largest
-FULL = (
-    16  # positions a channel that one window must give; with fewer the number of windows shapes the spectrum
-)
 LEAST_SPREAD = 1e-6  # of a signature's component over training images
 
 
@@ -26,8 +24,8 @@ class Spectral(Detector):
     """How unlike those of training images the singular values of the network's features are.
 
     Args:
-        layers: "all" of the encoder whose windows have at least 16 times as many positions as channels, each in
-            units of how far training images lie apart, or the deepest of them ("bottleneck").
+        layers: "all" of the encoder whose windows have enough positions for their channels, each in units of how
+            far training images lie apart, or the deepest of them ("bottleneck").
     """
 
     reason = "its texture and structure, as the network sees them, are unlike those of the training images"
@@ -38,11 +36,10 @@ class Spectral(Detector):
 
     def describe(self, output: Output) -> Vector:
         """Return the signatures of the layers one after the other, each led by its length."""
-        chosen = [layer for layer in output.layers if layer.per_window >= FULL * len(layer.total)]
-        chosen = chosen or [max(output.layers, key=lambda layer: layer.per_window / len(layer.total))]
+        grams = [(layer.gram, layer.count) for layer in output.layers if layer.gram is not None]
         if self.layers == "bottleneck":
-            chosen = chosen[-1:]
-        return _join([signature(layer) for layer in chosen])
+            grams = grams[-1:]
+        return _join([signature(gram, count) for gram, count in grams])
 
     def fit(self, vectors: Vectors) -> None:
         """Remember all signatures, how far each of their values varies, and how far each layer's lie apart."""
@@ -78,12 +75,15 @@ class Spectral(Detector):
         return float(((np.array(nearest) - self.memory["mean"]) / self.memory["deviation"]).mean())
 
 
-def signature(layer: Layer) -> Vector:
+def signature(gram: Float[np.ndarray, "w w"], count: int) -> Vector:
     """Return the logarithms of a layer's singular values, descending, as a vector of unit length.
 
-    From the Gram matrix: its eigenvalues are the squares of the singular values.
+    Args:
+        gram: Sum over positions of the features' outer products, whose eigenvalues are the squares of the singular
+            values.
+        count: Of the positions.
     """
-    scaled = layer.gram * (POSITIONS / layer.count)
+    scaled = gram * (POSITIONS / count)
     singular = np.sqrt(np.clip(np.linalg.eigvalsh(scaled)[::-1], 0, None))
     logarithms = np.log(np.maximum(singular, SMALLEST * max(singular[0], 1e-300)))
     return logarithms / max(float(np.linalg.norm(logarithms)), 1e-300)
