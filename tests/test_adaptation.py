@@ -627,16 +627,22 @@ def test_values_that_are_not_finite_end_no_batch(
     def fail(adapter: Adapter, windows: Tensor) -> dict[str, float]:
         raise RuntimeError("out of memory")
 
-    for name, adapt in (("diverged", diverge), ("failed", fail)):
+    def divide(adapter: Adapter, windows: Tensor) -> dict[str, float]:
+        return {"kept": 1 / 0}
+
+    reasons = {
+        "diverged": "",
+        "failed": "it could not be computed (RuntimeError: out of memory)",
+        "divided": "it could not be computed (ZeroDivisionError: division by zero)",
+    }
+    for name, adapt in zip(reasons, (diverge, fail, divide), strict=True):
         monkeypatch.setattr(registry.find("adapter", "tent"), "adapt", adapt)
         outcomes = list(predict([run], cases, tmp_path / name, dataset=phantom, adapt="tent:always"))
         assert [outcome.status for outcome in outcomes] == ["done", "done"]
         entry = json.loads((tmp_path / name / "predictions.json").read_text())["cases"][cases[0].id]
         (adaptation,) = entry["adaptation"]
         assert adaptation["facts"] == ({"entropy_before": 0.3, "kept": 1.0} if name == "diverged" else {})
-        assert adaptation["reason"] == (
-            "" if name == "diverged" else "it could not be computed (RuntimeError: out of memory)"
-        )
+        assert adaptation["reason"] == reasons[name]
 
 
 def test_a_configured_adapter_costs_a_training_neither_calibration_nor_judge(

@@ -115,6 +115,16 @@ def nnunet(tmp_path):
     return folder
 
 
+def test_a_byte_order_mark_before_json_is_passed_over(nnunet):
+    file = nnunet / "dataset.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert open_dataset(nnunet).classes == ("background", "core", "ring")
+    joint = nnunet.parent / "organs.json"
+    content = {"name": "organs", "datasets": {"toy": {"path": nnunet.name}}}
+    joint.write_text(json.dumps(content), encoding="utf-8-sig")
+    assert {case.id for case in open_dataset(joint).cases} == {"toy_a", "toy_b"}
+
+
 def test_nnunet_folder(nnunet):
     dataset = open_dataset(nnunet)
     assert files_of(dataset) == {c: [f"{c}_0000.png", f"{c}_0001.png"] for c in "ab"}

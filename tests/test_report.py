@@ -202,6 +202,16 @@ def test_page_is_self_contained_well_formed_and_names_no_folder(folder, tmp_path
         assert part in html
 
 
+def test_an_image_too_large_for_memory_costs_no_report(folder, tmp_path, monkeypatch):
+    def fail(path: Path) -> None:
+        raise MemoryError(f"no memory for {path}")
+
+    monkeypatch.setattr("anysite.report.images.files.read", fail)
+    html, page = written([folder], tmp_path / "report.html")
+    assert "A file of this case cannot be read: MemoryError." in page.text
+    assert "secret" not in html
+
+
 def test_missing_images_and_labels_are_said_in_place_of_the_picture(folder, tmp_path):
     for image in (tmp_path / "secret patients" / "raw").glob("*.png"):
         image.unlink()

@@ -111,7 +111,7 @@ def read_json(path: Path) -> Any:
         FileFormatError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # other programs write a mark first
     except FileNotFoundError:
         raise FileFormatError("no such file", where=path, expected="a JSON file") from None
     except (ValueError, RecursionError) as error:

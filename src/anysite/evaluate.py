@@ -34,13 +34,7 @@ from anysite.errors import (
     describe_error,
 )
 from anysite.judgement import UNADAPTED_DICE
-from anysite.manifest import (
-    MANIFESTS,
-    mask_suffix,
-    probabilities_name,
-    read_manifests,
-    unadapted_name,
-)
+from anysite.manifest import MANIFESTS, mask_suffix, probabilities_name, read_manifests, unadapted_name
 from anysite.metrics import METRICS, Score, score_case
 from anysite.rows import (
     ALL_CLASSES,

@@ -20,7 +20,7 @@ from anysite.calibration import Temperature
 from anysite.config import Config
 from anysite.data.volume import Volume
 from anysite.detectors import Agreement, Layer, Output, add_layers
-from anysite.errors import ConfigError, RunError, describe_error
+from anysite.errors import CASE_ERRORS, ConfigError, RunError, describe_error
 from anysite.guard import (
     NO_BETTER,
     NOTHING_FOUND,
@@ -215,7 +215,7 @@ class Segmenter:
                 return Adaptation(adapter.name, False, NO_BETTER, facts), before, {}
             adapted = _Member(member.network, member.plan, member.config, adapter.predict)
             after = self._predict(grid, adapted, watch=before.agreement is not None)
-        except (RuntimeError, MemoryError) as error:  # the mask before is there already
+        except CASE_ERRORS as error:  # the mask before is there already
             reason = f"it could not be computed ({describe_error(error)})"
             return Adaptation(adapter.name, False, reason), before, {}
         finally:

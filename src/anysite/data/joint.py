@@ -49,7 +49,7 @@ def is_joint(path: Path) -> bool:
     if path.suffix.lower() != ".json" or not path.is_file():
         return False
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and "datasets" in content
@@ -62,7 +62,7 @@ def read_joint(path: Path) -> tuple[JointDeclaration, dict[str, Path]]:
         DataError: a key is missing, unknown or has another form, or a name cannot be part of a case's.
     """
     try:
-        declaration = JointDeclaration.model_validate_json(path.read_text(encoding="utf-8"))
+        declaration = JointDeclaration.model_validate_json(path.read_text(encoding="utf-8-sig"))
     except ValidationError as error:
         expected = '{"name", "datasets": {name: {"path"}}}'
         raise DataError(describe_invalid(error), where=path, expected=expected) from None

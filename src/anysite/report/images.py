@@ -9,7 +9,7 @@ import numpy as np
 
 from anysite.data import files
 from anysite.data.volume import Volume
-from anysite.errors import AnysiteError
+from anysite.errors import CASE_ERRORS, AnysiteError
 from anysite.report.format import without_folders
 from anysite.report.read import PredictedCase, PredictedDataset
 
@@ -36,8 +36,9 @@ def read_images(folder: Path, case: PredictedCase, dataset: PredictedDataset) ->
         if case.label and files.exists(folder / case.label):
             indices = dataset.tasks.get(case.task) or {v: i for i, v in enumerate(dataset.label_values)}
             truth = _class_indices(files.read_label(folder / case.label, image_path), indices)
-    except AnysiteError as error:
-        return without_folders(f"A file of this case cannot be read: {error.found}.")
+    except CASE_ERRORS as error:
+        found = error.found if isinstance(error, AnysiteError) else type(error).__name__
+        return without_folders(f"A file of this case cannot be read: {found}.")
     if any(other is not None and other.shape != image.shape for other in (prediction, truth)):
         return "Image, label and mask have different shapes."
     return CaseImages(image, prediction, truth)
