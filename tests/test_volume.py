@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nibabel.orientations import aff2axcodes
 from scipy import ndimage
 
-from anysite.data.volume import Volume, interpolate, interpolation_matrix
+from anysite.data.volume import Volume, in_order, interpolate, interpolation_matrix
 from anysite.errors import GeometryError
 
 AXES = ["".join(order) for letters in product("RL", "AP", "SI") for order in permutations(letters)]
@@ -169,3 +169,17 @@ def test_impossible_geometry_is_refused(shape, affine):
 def test_an_array_of_another_shape_is_refused():
     with pytest.raises(GeometryError, match="spatial shape"):
         Volume.of_pixels(np.zeros((1, 3, 3))).with_array(np.zeros((1, 3, 4)))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 5, 3), (1, 6, 1, 4), (3, 4, 5), (1, 5, 5, 1)])
+@pytest.mark.parametrize("dtype", ["<i2", ">f4", "u1"])
+def test_voxels_are_put_in_order_in_memory_and_stay_where_they_are(
+    shape: tuple[int, ...], dtype: str
+) -> None:
+    array = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+    for stored in (array, np.asfortranarray(array), array[:, ::-1], np.flip(np.asfortranarray(array))):
+        ordered = in_order(stored)
+        assert ordered.flags.c_contiguous
+        assert ordered.dtype == dtype
+        np.testing.assert_array_equal(ordered, stored)
+    assert in_order(array) is array

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from monai.losses.image_dissimilarity import LocalNormalizedCrossCorrelationLoss
 from torch import Tensor
 
 SIGMA_VOXELS = 1.5
@@ -29,6 +28,8 @@ def compare_correlation(
     one: Float[Tensor, "b c *s"], other: Float[Tensor, "b c *s"]
 ) -> Float[Tensor, "b c *s"]:
     """Return the squared local normalised cross-correlation: Avants et al., 2008, https://doi.org/10.1016/j.media.2007.06.004."""
+    from monai.losses.image_dissimilarity import LocalNormalizedCrossCorrelationLoss  # slow to import
+
     dimension = one.ndim - 2
     size = min(9, *(n - 1 + n % 2 for n in one.shape[2:]))
     measure = LocalNormalizedCrossCorrelationLoss(

@@ -25,7 +25,7 @@ from anysite.data.dicom_headers import (
 from anysite.data.dicom_members import Members, opened, split_choice
 from anysite.data.dicom_pixels import COLOUR, decode_frames, rescale
 from anysite.data.limits import MAX_VOXELS
-from anysite.data.volume import Volume
+from anysite.data.volume import Volume, in_order
 from anysite.errors import DataError, FileFormatError, GeometryError
 
 # Storage classes of single slices with a place in the patient; of other images a place is not asked.
@@ -85,7 +85,7 @@ def read(path: Path) -> Volume:
         picture = np.moveaxis(values[0], -1, 0) if values.ndim == 4 else values
         return Volume.of_pixels(np.ascontiguousarray(picture))
     channels = np.moveaxis(values, -1, 0) if values.ndim == 4 else values[None]
-    return Volume(np.ascontiguousarray(channels.transpose(0, 3, 2, 1)), series.grid.affine)
+    return Volume(in_order(channels.transpose(0, 3, 2, 1)), series.grid.affine)
 
 
 def read_series(path: Path) -> Series:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from anysite.data.limits import require_modest
-from anysite.data.volume import Volume, require_usable
+from anysite.data.volume import Volume, in_order, require_usable
 from anysite.errors import FileFormatError, GeometryError
 
 MAX_HEADER_BYTES = 2**20
@@ -70,7 +70,7 @@ def read(path: Path) -> Volume:
     elif dimension != 3:
         raise GeometryError(f"{dimension} axes", where=path, expected="2 or 3, or 4 with one component")
     axes = (0, *range(channels_first.ndim - 1, 0, -1))
-    return Volume(np.ascontiguousarray(channels_first.transpose(axes)), _affine_of(image))
+    return Volume(in_order(channels_first.transpose(axes)), _affine_of(image))
 
 
 def write_label(volume: Volume, path: Path, image_path: Path | None = None) -> None:

@@ -17,7 +17,7 @@ from nibabel.wrapstruct import WrapStructError
 
 from anysite.data.limits import require_modest
 from anysite.data.nifti_place import copy_place, find_affine
-from anysite.data.volume import Volume
+from anysite.data.volume import Volume, in_order
 from anysite.errors import FileFormatError, GeometryError
 
 MAX_EXTENSIONS = 2**24  # bytes between header and voxels
@@ -61,7 +61,7 @@ def read(path: Path) -> Volume:
             f"a NIfTI of shape {shape}", where=path, expected="3 axes, or 4 with channels last"
         )
     channels_first = array[None] if array.ndim == 3 else np.moveaxis(array, -1, 0)
-    return Volume(np.ascontiguousarray(channels_first), affine)
+    return Volume(in_order(channels_first), affine)
 
 
 def write_label(volume: Volume, path: Path, image_path: Path | None = None) -> None:

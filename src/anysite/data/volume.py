@@ -197,6 +197,20 @@ def interpolate(array: np.ndarray, shape: Sequence[int], order: int) -> np.ndarr
     return array.astype(np.float32, copy=False)
 
 
+def in_order(array: np.ndarray) -> np.ndarray:
+    """Return an array `(C, *S)` with its last axis innermost in memory, itself where it is so already.
+
+    Files hold their first axis innermost. Plane by plane a copy stays within the cache, and is several times as fast.
+    """
+    if array.flags.c_contiguous or array.ndim < 4:
+        return np.ascontiguousarray(array)
+    ordered = np.empty(array.shape, array.dtype)
+    for channel, source in zip(ordered, array, strict=True):
+        for middle in range(source.shape[1]):
+            channel[:, middle] = source[:, middle]
+    return ordered
+
+
 @lru_cache(maxsize=32)
 def interpolation_matrix(size: int, new_size: int, order: int) -> np.ndarray:
     """Return the weights `(new_size, size)` of the old voxels in the new ones; outermost values go on outside."""

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from monai.losses.dice import DiceLoss
 from torch import Tensor, nn
 
 from anysite.networks import Network
@@ -43,6 +42,8 @@ class Supervised(Objective):
 
     def attach(self, network: Network, plan: Plan, domains: tuple[str, ...]) -> None:
         """Take the plan's regions: with them every output map is a region of its own."""
+        from monai.losses.dice import DiceLoss  # takes a second to import, which prediction does without
+
         self.regions = plan.regions
         overlapping = bool(plan.regions)
         self.dice = DiceLoss(
