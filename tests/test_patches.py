@@ -24,7 +24,7 @@ from anysite.patches import Batch, PatchSampler, PreparedCase, PreparedCases, pr
 from anysite.plan import Normalisation, Plan
 from anysite.planning import learn_plan
 from anysite.settings import AugmentSettings, PlanSettings, TrainSettings
-from anysite.windows import cut_patch, gaussian_weight, place_windows, slide
+from anysite.windows import cut_patch, gaussian_weight, place_windows, slide, thin_out
 
 PLAIN = AugmentSettings(enabled=False)
 CASE = Case("a", "a", "here", ())
@@ -453,6 +453,17 @@ def test_windows_are_compared_with_what_those_before_them_made_of_the_same_voxel
         torch.testing.assert_close(before[0][shared], merged_before)
         assert (now == number).all()
         assert before.shape == now.shape
+
+
+@pytest.mark.parametrize(
+    "shape", [(100, 100), (192, 192), (1, 192, 192), (1, 512, 512), (64, 64, 64), (40, 129, 31), (1, 1, 9)]
+)
+def test_a_grid_is_thinned_evenly_to_few_enough_places(shape: Any) -> None:
+    grid = thin_out(shape, 10_000)
+    places = np.empty(shape)[grid]
+    assert places.size <= 10_000
+    (step,) = {part.step for part in grid}
+    assert step == 1 or np.empty(shape)[(slice(None, None, step - 1),) * len(shape)].size > 10_000
 
 
 def test_one_window_has_nothing_to_be_compared_with() -> None:

@@ -69,8 +69,10 @@ def gaussian_weight(size: Sequence[int], sigma_fraction: float = 0.125) -> Tenso
 
 
 def thin_out(shape: Sequence[int], most: int) -> tuple[slice, ...]:
-    """Return every n-th place along each axis, with n so that there are about `most` of them, or fewer."""
-    step = max(1, math.ceil((math.prod(shape) / most) ** (1 / len(shape))))
+    """Return every n-th place along each axis, with the least n of which there are at most `most`."""
+    step = 1
+    while math.prod(math.ceil(length / step) for length in shape) > most:
+        step += 1
     return (slice(None, None, step),) * len(shape)
 
 
