@@ -50,7 +50,7 @@ class Temperature:
 def find_likeliest(probabilities: Float[np.ndarray, "k *s"]) -> Integer[np.ndarray, "*s"]:
     """Return the index of every voxel's largest value, the first of equal ones.
 
-    As argmax does, which along a first axis takes several times as long.
+    As argmax does, which is slow along a first axis.
     """
     label = np.zeros(probabilities.shape[1:], np.min_scalar_type(len(probabilities)))
     largest = probabilities[0].copy()

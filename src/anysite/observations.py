@@ -16,7 +16,7 @@ from anysite.windows import thin_out
 # Of a window that a layer's sums are taken over; of a sixteenth of them chance hides what small structures change.
 POSITIONS = 65_536
 FULL = 16  # positions a channel that a window gives; of fewer the number of windows would shape the spectrum
-BLOCK = 256  # positions whose products are summed in single precision, which is several times as fast
+BLOCK = 256  # positions whose products are summed in single precision, for the sake of speed
 
 
 def sum_layers(features: Sequence[Float[Tensor, "b _ ..."]]) -> list[Layer]:
@@ -53,7 +53,7 @@ def count_agreement(
     if overlapping:
         maps = torch.stack([view > 0.5 for view in views])
     else:
-        # Not argmax, which along a first axis takes several times as long.
+        # Not argmax, which is slow along a first axis.
         labels = torch.stack([view.max(1).indices for view in views])
         maps = torch.stack([labels == index for index in range(1, views[0].shape[1])], 2)
     if where is not None:

@@ -200,7 +200,7 @@ def interpolate(array: np.ndarray, shape: Sequence[int], order: int) -> np.ndarr
 def in_order(array: np.ndarray) -> np.ndarray:
     """Return an array `(C, *S)` with its last axis innermost in memory, itself where it is so already.
 
-    Files hold their first axis innermost. Plane by plane a copy stays within the cache, and is several times as fast.
+    Files hold their first axis innermost. Plane by plane a copy stays within the cache.
     """
     if array.flags.c_contiguous or array.ndim < 4:
         return np.ascontiguousarray(array)

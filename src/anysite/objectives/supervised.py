@@ -42,7 +42,7 @@ class Supervised(Objective):
 
     def attach(self, network: Network, plan: Plan, domains: tuple[str, ...]) -> None:
         """Take the plan's regions: with them every output map is a region of its own."""
-        from monai.losses.dice import DiceLoss  # takes a second to import, which prediction does without
+        from monai.losses.dice import DiceLoss  # slow to import, which prediction does without
 
         self.regions = plan.regions
         overlapping = bool(plan.regions)
