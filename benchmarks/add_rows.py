@@ -1,7 +1,8 @@
 """Put rows of finished benchmarks into a file of results/, saying once what they share.
 
 Run as `python benchmarks/add_rows.py ROWS... --to results/NAME.jsonl`; ROWS may hold that file itself. Rows of a job
-that comes twice are kept once, the later ones.
+that comes twice are kept once, the later ones. The verdict on an adapted mask is that on the mask before, whose rows
+lie beside, and is left out.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from anysite.judgement import ADAPTED, is_judgement
 from anysite.rows import OF_A_RUN, Row, read_rows, write_rows
 
 
@@ -22,6 +24,9 @@ def main() -> None:
     found: dict[tuple[object, ...], Row] = {}
     for path in arguments.rows:
         for row in read_rows(path):
+            adapted = row.get("adapt", "none") not in ("", "none")
+            if adapted and is_judgement(row["metric"]) and row["metric"] != ADAPTED:
+                continue
             key = tuple(
                 sorted((k, str(v)) for k, v in row.items() if k not in ("value", "unit", "commit", "config"))
             )

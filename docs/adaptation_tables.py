@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from evidence_page import RESULTS, between_markers, read_index
+from evidence_page import RESULTS, between_markers, describe_origin, read_index, read_results
 
 from anysite import registry
 from anysite.guard import find_reason_against
 from anysite.judge import COMBINED, Verdict
 from anysite.judgement import ADAPTED, SCORE
-from anysite.report.adaptation import KINDS, PLAIN, Gain, Key, describe_adaptations
-from anysite.report.read import Row, read_sources
-from anysite.rows import read_rows
+from anysite.report.adaptation import KINDS, PLAIN, AdaptationResult, Gain, Key, describe_adaptations
+from anysite.report.read import Row
 from anysite.settings import AdaptSettings
 from anysite.statistics import Estimate
 
@@ -29,18 +28,20 @@ def write_adaptation_tables(text: str) -> str:
     for name, entry in read_index().items():
         if "adaptation" not in entry or not (RESULTS / name).is_file():
             continue
-        rows = [row for source in read_sources([RESULTS / name]) for row in source.rows]
-        commits = ", ".join(sorted({f"`{row['commit']}`" for row in read_rows(RESULTS / name)}))
+        rows = list(read_results(name))
         for least_doubt in entry.get("gate", "").split():
             rows += let_the_gate_decide(rows, float(least_doubt))
         results = describe_adaptations(rows)
         for method in dict.fromkeys(result.method for result in results):
             lines += [f"**{entry['title']}, trained by `{method}`**", ""]
-            lines += [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
             chosen = [result for result in results if result.method == method]
-            lines += [_describe(result.adapter, gain) for result in chosen for gain in result.gains]
+            if "brief" in entry:
+                lines += _describe_briefly(chosen)
+            else:
+                lines += [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+                lines += [_describe(result.adapter, gain) for result in chosen for gain in result.gains]
             lines.append("")
-        lines += [f"```\n{entry['command']}\n```", "", f"Commit {commits}.", ""]
+        lines += describe_origin(name, entry)
     return between_markers(text, lines)
 
 
@@ -95,6 +96,23 @@ def _describe(adapter: str, gain: Gain) -> str:
     ]
     cells += [_text(gain.gain_adapted), harmed, str(gain.helped), worst]
     return f"| {' | '.join(cells)} |"
+
+
+def _describe_briefly(results: Sequence[AdaptationResult]) -> list[str]:
+    """Return one row an adapter: of each kind of images the gain, how many were harmed, and the worst."""
+    kinds = dict.fromkeys(gain.kind for result in results for gain in result.gains)
+    numbers = {gain.kind: gain.images for result in results for gain in result.gains}
+    head = [f"{KINDS[kind]} ({numbers[kind]} images): gain | harmed | worst" for kind in kinds]
+    lines = [f"| adapter | {' | '.join(head)} |", "|---" * (1 + 3 * len(head)) + "|"]
+    for result in results:
+        name, _, gate = result.adapter.partition(" ")
+        gains = {gain.kind: gain for gain in result.gains}
+        cells = [f"`{name}` {gate}".strip()]
+        for gain in (gains[kind] for kind in kinds):
+            worst = f"{100 * gain.worst[0][1]:.1f}" if gain.worst else "-"
+            cells += [_text(gain.gain), str(gain.harmed), worst]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _text(found: Estimate | None) -> str:

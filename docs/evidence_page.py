@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def recipe_table(index: dict[str, dict[str, str]]) -> list[str]:
     for name, entry in index.items():
         if "recipe" not in entry or not (RESULTS / name).is_file():
             continue
-        rows = [row for source in read_sources([RESULTS / name]) for row in source.rows if is_clean(row)]
+        rows = [row for row in read_results(name) if is_clean(row)]
         for sites in dict.fromkeys(row.train_domains for row in rows):
             methods = split_by_method([row for row in rows if row.train_domains == sites])
             if RECIPE in methods and "baseline" in methods:
@@ -138,24 +139,28 @@ def baseline_table(index: dict[str, dict[str, str]]) -> list[str]:
 
 def comparison_tables(entries: dict[str, dict[str, str]]) -> list[str]:
     """Return, for every result file that compares methods, its command and one row a method."""
+    return [line for name in entries for line in _compare_methods(name)]
+
+
+@cache
+def _compare_methods(name: str) -> tuple[str, ...]:
+    """Return the tables of one file; a method's page and that of evidence both show them."""
+    entry = read_index()[name]
     lines: list[str] = []
-    for name, entry in entries.items():
-        rows = [row for source in read_sources([RESULTS / name]) for row in source.rows if is_clean(row)]
-        commits = ", ".join(sorted({f"`{row['commit']}`" for row in read_rows(RESULTS / name)}))
-        counts = sorted({row.labels for row in rows}, key=lambda count: (not count.isdigit(), count.zfill(9)))
-        for count in counts:
-            methods = split_by_method([row for row in rows if row.labels == count])
-            patients = "patient" if count == "1" else "patients"
-            learned = f", {count} labelled {patients}" if len(counts) > 1 else ""
-            lines += [f"**{entry['title']}{learned}**", "", *COMPARISON_HEADER]
-            baseline = entry.get("baseline", "baseline")
-            lines += [_describe_method(summary) for summary in summarise_methods(methods, baseline)]
-            lines.append("")
-            for other in entry.get("also_against", "").split(","):
-                if other in methods:
-                    lines += [*_compare_again(methods, other), ""]
-        lines += [f"```\n{entry['command']}\n```", "", f"Commit {commits}.", ""]
-    return lines
+    rows = [row for row in read_results(name) if is_clean(row)]
+    counts = sorted({row.labels for row in rows}, key=lambda count: (not count.isdigit(), count.zfill(9)))
+    for count in counts:
+        methods = split_by_method([row for row in rows if row.labels == count])
+        patients = "patient" if count == "1" else "patients"
+        learned = f", {count} labelled {patients}" if len(counts) > 1 else ""
+        lines += [f"**{entry['title']}{learned}**", "", *COMPARISON_HEADER]
+        baseline = entry.get("baseline", "baseline")
+        lines += [_describe_method(summary) for summary in summarise_methods(methods, baseline)]
+        lines.append("")
+        for other in entry.get("also_against", "").split(","):
+            if other in methods:
+                lines += [*_compare_again(methods, other), ""]
+    return (*lines, *describe_origin(name, entry))
 
 
 def _compare_again(methods: dict[str, list[ReportRow]], baseline: str) -> list[str]:
@@ -184,6 +189,18 @@ def _describe_method(summary: MethodSummary) -> str:
 def read_index() -> dict[str, dict[str, str]]:
     """Return what results/index.json says of every file of rows."""
     return json.loads((RESULTS / "index.json").read_text(encoding="utf-8"))
+
+
+@cache
+def read_results(name: str) -> tuple[ReportRow, ...]:
+    """Return the rows of a file in results/, which several pages show."""
+    return tuple(row for source in read_sources([RESULTS / name]) for row in source.rows)
+
+
+def describe_origin(name: str, entry: dict[str, str]) -> list[str]:
+    """Return the lines below a table: the command that printed its rows, and the commits it ran at."""
+    commits = ", ".join(sorted({f"`{row.commit}`" for row in read_results(name)}))
+    return [f"```\n{entry['command']}\n```", "", f"Commit {commits}.", ""]
 
 
 def _comparisons(index: dict[str, dict[str, str]]) -> dict[str, dict[str, dict[str, str]]]:

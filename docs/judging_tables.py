@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from evidence_page import RESULTS, between_markers, read_index
+from evidence_page import RESULTS, between_markers, describe_origin, read_index, read_results
 
 from anysite.judgement import DECISIONS
 from anysite.report.format import count
 from anysite.report.judging import FailureRanking, Judgement, Passed, Shift, describe_judgement
-from anysite.report.read import read_sources
-from anysite.rows import read_rows
 
 KINDS = {
     "in_domain": "training sites, other patients", "unseen": "unseen site", "corrupted": "corrupted",
@@ -22,14 +20,13 @@ def write_judging_tables(text: str) -> str:
     for name, entry in read_index().items():
         if "judging" not in entry or not (RESULTS / name).is_file():
             continue
-        rows = [row for source in read_sources([RESULTS / name]) for row in source.rows]
-        commits = ", ".join(sorted({f"`{row['commit']}`" for row in read_rows(RESULTS / name)}))
+        rows = list(read_results(name))
         lines += [f"### {entry['title']}", ""]
         for dataset in dict.fromkeys(row.dataset for row in rows):
             judgement = describe_judgement(dataset, [row for row in rows if row.dataset == dataset])
             assert judgement is not None, f"{name} holds no verdicts"
             lines += [f"{dataset}, {count(judgement.runs, 'training')}:", "", *_describe(judgement)]
-        lines += [f"```\n{entry['command']}\n```", "", f"Commit {commits}.", ""]
+        lines += describe_origin(name, entry)
     return between_markers(text, lines)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from evidence_page import RESULTS, between_markers, read_index
+from evidence_page import RESULTS, between_markers, describe_origin, read_index, read_results
 
 from anysite.report.curves import describe_corruptions
 from anysite.report.methods import split_by_method
-from anysite.report.read import Row, read_sources
+from anysite.report.read import Row
 from anysite.report.summary import estimate, is_clean, score_cases
-from anysite.rows import read_rows
 from anysite.statistics import Estimate, compare_paired
 
 SHOWN = 4  # corruptions named a method, the worst
@@ -20,12 +19,11 @@ def write_robustness_tables(text: str) -> str:
     for name, entry in read_index().items():
         if "corruptions" not in entry or not (RESULTS / name).is_file():
             continue
-        every = [row for source in read_sources([RESULTS / name]) for row in source.rows]
+        every = list(read_results(name))
         corrupted = {_trained(row) for row in every if not is_clean(row)}
         rows = [row for row in every if _trained(row) in corrupted and row.metric == "dice"]
-        commits = ", ".join(sorted({f"`{row['commit']}`" for row in read_rows(RESULTS / name)}))
         lines += [f"**{entry['corruptions']}**", "", *_describe(rows, entry.get("baseline", "baseline")), ""]
-        lines += [f"```\n{entry['command']}\n```", "", f"Commit {commits}.", ""]
+        lines += describe_origin(name, entry)
     return between_markers(text, lines)
 
 

@@ -35,6 +35,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)  # the tests run side by side
 
 
+@pytest.fixture
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let jobs of a benchmark that run in this process, as most may, take one thread."""
+    monkeypatch.setattr("anysite.benchmark.compute.count_cores", lambda: 1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def network_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Refuse and record connections to other machines, in this process and in those that tests start."""

@@ -739,6 +739,7 @@ def test_images_like_those_known_are_left_alone(run: Run, phantom: Dataset) -> N
     assert segmenter.segment(dark).adaptations[0].reason != NOT_SHIFTED
 
 
+@pytest.mark.usefixtures("one_core")
 def test_a_benchmark_scores_every_adapter_beside_none(
     phantom: Dataset, phantom_folder: Path, tmp_path: Path
 ) -> None:
@@ -748,7 +749,7 @@ def test_a_benchmark_scores_every_adapter_beside_none(
         phantom, phantom_folder, ["baseline"], [0], "leave-one-out", overrides, test_domains=["west"],
         adapt=["tent:always", "refseg"], corruptions=["gaussian_noise"], severities=[3],
     )  # fmt: skip
-    (outcome,) = benchmark(jobs, tmp_path / "rows.jsonl")
+    (outcome,) = benchmark(jobs, tmp_path / "rows.jsonl", parallel=0)
     assert not outcome.error
     rows = read_rows(tmp_path / "rows.jsonl")
     cases = {

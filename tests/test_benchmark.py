@@ -29,6 +29,8 @@ from anysite.rows import read_rows, write_rows
 from anysite.runs import open_run
 from conftest import SMALL
 
+pytestmark = pytest.mark.usefixtures("one_core")
+
 TINY = [*SMALL, "train.steps=2", "train.validation_cases=0"]
 FIELDS = {
     *("dataset", "method", "adapt", "seed", "train_domains", "domain", "split", "patient", "case", "class"),
@@ -151,7 +153,7 @@ def test_fewer_labels_are_scored_on_the_same_cases(
 def test_corrupted_copies_of_held_out_images_are_scored_beside_the_clean_ones(
     phantom: Dataset, phantom_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "rows.jsonl"
+    output, kept = tmp_path / "rows.jsonl", tmp_path / "runs"
 
     def listed(*names: str) -> list[Job]:
         return list_jobs(
@@ -159,7 +161,7 @@ def test_corrupted_copies_of_held_out_images_are_scored_beside_the_clean_ones(
             corruptions=names, severities=[1, 5],
         )  # fmt: skip
 
-    (outcome,) = benchmark(listed("gaussian_noise"), output, keep_runs=tmp_path / "runs")
+    (outcome,) = benchmark(listed("gaussian_noise"), output, parallel=0, keep_runs=kept)
     assert outcome.error == ""
     rows = [row for row in read_rows(output) if row["split"] == "in_domain"]
     clean = {(r["case"], r["class"]) for r in rows if r["corruption"] == "none"}
@@ -171,12 +173,13 @@ def test_corrupted_copies_of_held_out_images_are_scored_beside_the_clean_ones(
     assert unfinished(listed("gaussian_noise"), output) == []
     assert unfinished(listed(), output) == []
     # Another corruption is added to what is there; another version of one replaces it.
-    (more,) = benchmark(listed("jpeg"), output, keep_runs=tmp_path / "runs")
+    (more,) = benchmark(listed("jpeg"), output, parallel=0, keep_runs=kept)
     assert more.error == ""
     assert {r["corruption"] for r in read_rows(output)} == {"none", "gaussian_noise", "jpeg"}
     assert unfinished(listed("gaussian_noise", "jpeg"), output) == []
     # Other severities are added, and those on file stay.
-    (third,) = benchmark([replace(listed("jpeg")[0], severities=(3,))], output, keep_runs=tmp_path / "runs")
+    weaker = replace(listed("jpeg")[0], severities=(3,))
+    (third,) = benchmark([weaker], output, parallel=0, keep_runs=kept)
     assert third.error == ""
     severities = {r["severity"] for r in read_rows(output) if r["corruption"] == "jpeg"}
     assert severities == {1, 3, 5}

@@ -118,6 +118,7 @@ def test_runs_are_measured_apart_because_their_scores_are() -> None:
     assert describe_judgement("m", [row("dice", 0.5, "1")]) is None
 
 
+@pytest.mark.usefixtures("one_core")
 def test_a_benchmark_keeps_what_the_section_needs(tmp_path: Path) -> None:
     sites = write_phantom(tmp_path / "sites", patients_per_site=8, size=48, sites=("north", "east"))
     other = write_phantom(tmp_path / "elsewhere", patients_per_site=2, size=48, sites=("west",), seed=5)
@@ -136,7 +137,7 @@ def test_a_benchmark_keeps_what_the_section_needs(tmp_path: Path) -> None:
         )  # fmt: skip
 
     output = tmp_path / "rows.jsonl"
-    (outcome,) = benchmark(jobs(others=[other, volumes]), output)
+    (outcome,) = benchmark(jobs(others=[other, volumes]), output, parallel=0)
     assert outcome.error == ""
     rows = read_rows(output)
     assert {r["split"] for r in rows} == {"in_domain", "unseen", "other", "run"}

@@ -38,7 +38,7 @@ SMALL = {
     "segresnet": 'network={name="segresnet", width=8}',
     "mednext": 'network={name="mednext", width=4}',
     "unetr": 'network={name="unetr", width=4, hidden_size=24, mlp_size=24, heads=2}',
-    "swin_unetr": 'network={name="swin_unetr", width=12}',
+    "swin_unetr": 'network={name="swin_unetr", width=12, window_size=2}',
 }
 
 

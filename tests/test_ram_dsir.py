@@ -341,7 +341,7 @@ def test_works_on_every_network(name: str, dimension: int) -> None:
         "segresnet": {"width": 8},
         "mednext": {"width": 4},
     }
-    small |= {"ram_dsir_unet": {"width": 4}, "swin_unetr": {"width": 12}}
+    small |= {"ram_dsir_unet": {"width": 4}, "swin_unetr": {"width": 12, "window_size": 2}}
     small |= {"unetr": {"width": 4, "hidden_size": 24, "mlp_size": 32, "heads": 2}}
     config = load("baseline", [f"network.name={name}"])
     config.network.arguments.clear()

@@ -5,6 +5,7 @@ Isensee, Jaeger, Kohl, Petersen, Maier-Hein, 2021, https://doi.org/10.1038/s4159
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -55,11 +56,41 @@ def remove(label: LabelMap, fragments: Bool[np.ndarray, "*s"]) -> None:
     label, fragments = label[box], fragments[box]
     numbers = np.zeros(fragments.shape, np.int32)
     ndimage.label(fragments, output=numbers)
-    for number, smallest in enumerate(ndimage.find_objects(numbers), 1):
-        near = _widen(smallest)
-        fragment = numbers[near] == number
-        around = label[near][ndimage.binary_dilation(fragment) & ~fragments[near]]
-        label[near][fragment] = np.bincount(around).argmax() if around.all() and around.size else 0
+    owners, near = _find_surroundings(numbers)
+    winners = _find_majorities(owners, label[near], int(numbers.max()) + 1)
+    label[fragments] = winners[numbers[fragments]]
+
+
+def _find_surroundings(
+    numbers: Integer[np.ndarray, "*s"],
+) -> tuple[Integer[np.ndarray, " n"], tuple[Integer[np.ndarray, " n"], ...]]:
+    """Return each number with the places of all zeros that share a face with it, every place once a number."""
+    places, shape = np.nonzero(numbers), numbers.shape
+    owners = numbers[places].astype(np.int64)
+    found = [np.zeros(0, np.int64)]
+    for axis, step in itertools.product(range(numbers.ndim), (-1, 1)):
+        moved = places[axis] + step
+        inside = (moved >= 0) & (moved < shape[axis])
+        near = tuple((moved if a == axis else place)[inside] for a, place in enumerate(places))
+        free = numbers[near] == 0
+        place = np.ravel_multi_index(tuple(side[free] for side in near), shape)
+        found.append(owners[inside][free] * numbers.size + place)
+    owners, place = np.divmod(np.unique(np.concatenate(found)), numbers.size)
+    return owners, np.unravel_index(place, shape)
+
+
+def _find_majorities(
+    owners: Integer[np.ndarray, " n"], classes: Integer[np.ndarray, " n"], count: int
+) -> Integer[np.ndarray, " count"]:
+    """Return the most frequent class of each owner, the first of equals, but 0 where it has any 0 or nothing."""
+    several = int(classes.max(initial=0)) + 1
+    votes, number = np.unique(owners * several + classes, return_counts=True)
+    owners, classes = np.divmod(votes, several)
+    most_votes_last = np.lexsort((-classes, number))
+    winners = np.zeros(count, np.int64)
+    winners[owners[most_votes_last]] = classes[most_votes_last]
+    winners[owners[classes == 0]] = 0
+    return winners
 
 
 def _widen(box: tuple[slice, ...]) -> tuple[slice, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,12 @@ class Row(BaseModel):
     @property
     def key(self) -> tuple[object, ...]:
         """What makes two rows measurements of the same thing, of which the later one counts."""
-        return tuple(v for k, v in self if k not in ("value", "unit", "commit", "config"))
+        return _MEASURED(self)
 
+
+_MEASURED = attrgetter(
+    *(name for name in Row.model_fields if name not in ("value", "unit", "commit", "config"))
+)
 
 # One record, or one for every share of a prediction that several machines made.
 MANIFESTS = "predictions*.json"
