@@ -108,7 +108,10 @@ def _describe_briefly(results: Sequence[AdaptationResult]) -> list[str]:
         name, _, gate = result.adapter.partition(" ")
         gains = {gain.kind: gain for gain in result.gains}
         cells = [f"`{name}` {gate}".strip()]
-        for gain in (gains[kind] for kind in kinds):
+        for gain in map(gains.get, kinds):
+            if gain is None:  # not scored with this adapter
+                cells += ["-", "-", "-"]
+                continue
             worst = f"{100 * gain.worst[0][1]:.1f}" if gain.worst else "-"
             cells += [_text(gain.gain), str(gain.harmed), worst]
         lines.append(f"| {' | '.join(cells)} |")

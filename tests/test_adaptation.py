@@ -17,7 +17,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from anysite import registry
-from anysite.adapters import Adapter, choose_parameters
+from anysite.adapters import Adapter, choose_parameters, entropy
 from anysite.adapters.refseg import RefSeg
 from anysite.adapters.standard_views import StandardViews
 from anysite.benchmark import benchmark, list_jobs
@@ -479,6 +479,49 @@ def test_what_a_method_lacks_is_said(run: Run, phantom: Dataset, tmp_path: Path)
         attached("batch_statistics", plain)
 
 
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_where_a_network_is_sure_the_entropy_pulls_at_nothing(overlapping: bool) -> None:
+    logits = torch.tensor([[[20.0, 0.3], [-1e4, 0.1]]], requires_grad=True)
+    chances = logits.sigmoid() if overlapping else logits.softmax(1)
+    found = entropy(chances, overlapping)
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    assert torch.isfinite(gradient).all()
+    assert (gradient[0, :, 0] == 0).all()
+    assert (gradient[0, :, 1] != 0).all()
+    assert found[0, 0].item() == pytest.approx(0, abs=1e-4)
+
+
+def test_what_an_adapter_lacks_is_said_before_a_benchmark_trains(
+    phantom: Dataset, phantom_folder: Path
+) -> None:
+    def list_with(adapt: str, *overrides: str) -> None:
+        list_jobs(phantom, phantom_folder, ["baseline"], [0], "leave-one-out", overrides, adapt=[adapt])
+
+    with pytest.raises(ConfigError, match="without batch normalisation"):
+        list_with("batch_statistics")
+    list_with("batch_statistics", "network.norm=batch")
+    with pytest.raises(ConfigError, match="steps"):
+        list_with("auto", "predict.adapt.settings={steps=3}")
+    list_with("auto", "predict.adapt.settings={sizes=[0.9]}")
+
+
+def test_networks_that_are_adapted_are_judged_by_what_they_disagreed_about_before(
+    run: Run, phantom: Dataset, tmp_path: Path
+) -> None:
+    other = train(phantom, small_config("train.steps=3", JUDGED), tmp_path / "other")
+    image = corrupt(phantom.cases[0].image(), "gamma_dark", 5, 0)
+
+    def judge(adapt: str) -> Prediction:
+        return Segmenter([run, other], choose_adapter(run.config.predict, adapt)).segment(image)
+
+    plain, adapted = judge("none"), judge("standard_views:always")
+    assert any(adaptation.kept for adaptation in adapted.adaptations)
+    assert not np.array_equal(plain.label.array, adapted.label.array)
+    assert plain.verdict == adapted.verdict
+    assert plain.verdict is not None
+    assert "ensemble" in plain.verdict.scores
+
+
 def output(mask: np.ndarray, agreement: float | None = None) -> Output:
     chances = np.stack([1.0 - mask, mask]).astype(np.float32)
     shared = None if agreement is None else Agreement(np.array([[[1.0], [agreement]], [[agreement], [1.0]]]))
@@ -723,7 +766,9 @@ def test_prediction_keeps_both_masks_and_says_why(run: Run, phantom: Dataset, tm
     assert not list((tmp_path / "plain").glob("*/*.png"))
     list(predict([run], cases, tmp_path / "auto", dataset=phantom, adapt="auto"))
     manifest = json.loads((tmp_path / "auto" / "predictions.json").read_text())
-    reasons = {entry["adaptation"][0]["reason"] for entry in manifest["cases"].values()}
+    adaptations = [entry["adaptation"][0] for entry in manifest["cases"].values()]
+    assert {adaptation["method"] for adaptation in adaptations} == {"standard_views"}
+    reasons = {adaptation["reason"] for adaptation in adaptations}
     assert reasons <= {"", NOT_SHIFTED, NO_BETTER, NOTHING_FOUND} or all(reasons)
     with pytest.raises(ConfigError, match="unknown adapter 'reflect'"):
         list(predict([run], cases, tmp_path / "typo", dataset=phantom, adapt="reflect"))
@@ -763,6 +808,11 @@ def test_a_benchmark_scores_every_adapter_beside_none(
         assert all(row["value"] in (0, 1) for row in adapted)
     assert not [row for row in rows if row["adapt"] == "none" and row["metric"] == "adapted"]
     assert not list(benchmark(jobs, tmp_path / "rows.jsonl"))  # done
+    # Rows of an adapter need not repeat the verdict, which is that on the mask before.
+    topics = replace(jobs[0], metrics=("dice", "verdict")).topics
+    assert ("verdict", "", 0) in topics
+    assert ("adapted", "", 0, "refseg") in topics
+    assert ("verdict", "", 0, "refseg") not in topics
     with pytest.raises(ConfigError, match="unknown adapter"):
         list_jobs(phantom, phantom_folder, ["baseline"], [0], "leave-one-out", adapt=["tentt"])
     for adapt, overrides, message in (

@@ -499,6 +499,10 @@ def test_kept_runs_of_other_settings_are_never_taken_for_a_jobs_own(jobs: list[J
     assert {path.name for path in folders[0].iterdir()} == {"run", "masks"}
     again = run_job(jobs[0], 1, tmp_path)
     assert scores(again) == scores(first)
+    # The memory that the training took was counted then, and this process did not train.
+    told = [{r["metric"] for r in outcome.rows if r["split"] == "run"} for outcome in (first, again)]
+    assert "peak_memory" not in told[1]
+    assert told[0] >= told[1] >= {"train_seconds", "train_steps"}
     other = replace(jobs[0], overrides=(*jobs[0].overrides, "train.steps=3"))
     steps = [r["value"] for r in run_job(other, 1, tmp_path).rows if r["metric"] == "train_steps"]
     assert steps == [3]

@@ -126,6 +126,27 @@ def test_interrupted_it_continues(plain: Run, phantom: Dataset) -> None:
         assert torch.equal(one, other)
 
 
+def test_what_was_learned_is_kept_where_only_the_last_copy_failed(
+    plain: Run, phantom: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise RunError("no space", where=plain.path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "take_reflection", refuse)
+        with pytest.raises(RunError, match="no space"):
+            reflect(phantom, plain.path, SMALL, steps=3)
+    learned = open_run(plain.path / FOLDER).reflection()
+    steps: list[int] = []
+    taken = reflect(phantom, plain.path, SMALL, steps=3, on_progress=lambda p: steps.append(p.step))
+    assert steps == []
+    found = taken.reflection()
+    assert learned is not None
+    assert found is not None
+    for one, other in zip(learned.state_dict().values(), found.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_run_stays_sound_when_the_last_write_fails(
     plain: Run, phantom: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

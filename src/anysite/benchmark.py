@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from anysite import atomic, compute, config, registry
+from anysite.adapters import require_batch_normalisation
 from anysite.calibration import CALIBRATION_METRICS
 from anysite.config import choose_adapter
 from anysite.corrupt import CORRUPTIONS, fingerprint
@@ -145,14 +146,19 @@ def _check_adapter(settings: config.Config, name: str) -> None:
             fix=f"use --adapt {settings.predict.adapt.method}",
         )  # fmt: skip
     adapt = choose_adapter(settings.predict, name).adapt
-    if adapt.method in (NO_ADAPTER, "auto"):
+    if adapt.method == NO_ADAPTER:
         return
-    adapter = registry.build("adapter", adapt.method, **adapt.settings)
+    chosen = registry.AUTO_ADAPTER if adapt.method == "auto" else adapt.method
+    adapter = registry.build("adapter", chosen, **adapt.settings)
     if adapter.needs_reflection and "reflection" not in settings.objectives:
         raise ConfigError(
             f"--adapt {name} without reflection", expected="a training with the objective reflection",
             fix="add --set objectives.reflection={}",
         )  # fmt: skip
+    if adapter.needs_batch_normalisation:
+        network = settings.network
+        built = registry.build("network", network.name, 1, 2, (64, 64), **network.arguments)
+        require_batch_normalisation(built)
 
 
 def benchmark(

@@ -97,14 +97,11 @@ class Job:
         corrupted = itertools.product(map(version_of, self.corruptions), self.severities)
         pictures = [("", 0), *corrupted]
         adapted = [name for name in self.adapt if name != NO_ADAPTER]
+        # The verdict is that on the mask before adaptation, and need not be told twice.
+        own = [metric for metric in (*self.metrics, ADAPTED) if metric != VERDICT]
         return (
             {(metric, *picture) for metric in self.metrics for picture in pictures}
-            | {
-                (metric, *p, name)
-                for metric in (*self.metrics, ADAPTED)
-                for p in pictures
-                for name in adapted
-            }
+            | {(metric, *p, name) for metric in own for p in pictures for name in adapted}
             | others
             | {("run", "", 0)}
         )
@@ -134,6 +131,8 @@ def score_job(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Ro
         AnysiteError: a training that failed, no case to score, or one that could not be.
     """
     _forget_peak_memory()
+    kept_runs = [_folder_of(job, member, folder) for member in range(job.members)]
+    learned_now = not all((run / runs.MANIFEST).is_file() and runs.is_finished(run) for run in kept_runs)
     members = [_train_member(job, member, dataset, folder, threads) for member in range(job.members)]
     run = members[0]
     # Of the training sites only the held-out patients, so that all numbers of labels are scored on the same cases.
@@ -167,7 +166,8 @@ def score_job(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Ro
     ]
     if predicting_s:  # none where all masks were kept from before
         costs.append(("predict_seconds_per_case", round(fmean(predicting_s), 3), "s"))
-    if (peak := _peak_memory_mb()) is not None:
+    # Of a training, which one that was kept from before has not cost again.
+    if learned_now and (peak := _peak_memory_mb()) is not None:
         costs.append(("peak_memory", round(peak), "MB"))
     for row in rows:
         if row["split"] == "in_domain" and (row["domain"], row["patient"]) in learned_from:
@@ -184,11 +184,14 @@ def _train_member(job: Job, member: int, dataset: Dataset, folder: Path, threads
         "train": settings.train.model_copy(update={"threads": threads}),
         "member": settings.member + member,
     }
-    output = folder / ("run" if job.members == 1 else f"run_{member}")
     return train(
-        dataset, settings.model_copy(update=own), output, budget_s=job.budget_s, resume=True,
+        dataset, settings.model_copy(update=own), _folder_of(job, member, folder), budget_s=job.budget_s, resume=True,
         facts={"preset": job.name},
     )  # fmt: skip
+
+
+def _folder_of(job: Job, member: int, folder: Path) -> Path:
+    return folder / ("run" if job.members == 1 else f"run_{member}")
 
 
 def topic_of(row: Row) -> tuple[Any, ...]:

@@ -99,7 +99,7 @@ def _reflect(
     output = run.path / FOLDER
     if (output / runs.MANIFEST).is_file():
         kept = runs.read_config(output)
-        if runs.is_finished(output) or kept.objectives != config.objectives or kept.train != config.train:
+        if kept.objectives != config.objectives or kept.train != config.train:
             shutil.rmtree(output)
     learned = train(dataset, config, output, resume=True, on_progress=on_progress, plan=run.plan)
     runs.take_reflection(run.path, learned.path)

@@ -45,6 +45,8 @@ ADAPTERS = {
     "batch_statistics": "anysite.adapters.batch_statistics:BatchStatistics",
 }
 
+AUTO_ADAPTER = "standard_views"  # on corrupted source images it gained what others did, and harmed fewest
+
 DETECTORS = {
     "spectral": "anysite.detectors.spectral:Spectral",
     "histogram": "anysite.detectors.histogram:Histogram",

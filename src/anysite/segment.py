@@ -39,8 +39,6 @@ from anysite.runs import Run, is_pretraining
 from anysite.settings import PredictSettings
 from anysite.windows import cut_patch, place_windows, slide
 
-WITH_REFLECTION, WITHOUT = "refseg", "standard_views"  # the adapters of `auto`
-
 
 class Segmenter:
     """Segments images with the networks of one or several runs, whose probabilities are averaged.
@@ -130,12 +128,13 @@ class Segmenter:
         if 4 * maps.values > compute.KEPT_BYTES:
             compute.release_freed_memory()
         label, agreement = self._decide(maps)
-        unadapted = None
+        unadapted, judged = None, label
         if any(adaptation.kept for adaptation in adaptations):
-            unadapted, _ = self._decide(GridMaps(native, tuple(first)))
+            judged, agreement = self._decide(GridMaps(native, tuple(first)))
+            unadapted = judged
         verdict = None
         if verdicts or agreement is not None:  # what networks disagree about needs no judge
-            empty, least_dice = not label.array.any(), self.settings.least_dice
+            empty, least_dice = not judged.array.any(), self.settings.least_dice
             verdict = average_verdicts(verdicts, self.reasons, empty, least_dice, agreement)
         overlapping = bool(self.plan.regions)
         return Prediction(
@@ -178,8 +177,7 @@ class Segmenter:
         if method == "none":
             return None
         reflection = run.reflection()
-        if method == "auto":
-            method = WITHOUT if reflection is None else WITH_REFLECTION
+        method = registry.AUTO_ADAPTER if method == "auto" else method
         adapter: Adapter = registry.build("adapter", method, **self.settings.adapt.settings)
         adapter.name = method
         reflection = None if reflection is None else reflection.to(self.device)

@@ -205,7 +205,7 @@ class AdaptSettings(Settings):
 
     method: str = Field(
         default="none",
-        description="adapter; none: no adaptation; auto: refseg where the run has what it needs, else standard_views",
+        description="adapter; none: no adaptation; auto: standard_views",
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="of the adapter")
     windows: int = Field(

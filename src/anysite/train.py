@@ -227,8 +227,9 @@ def _check_start(job: _Job, splits: Splits, network: Network) -> None:
     """
     config = job.config
     adapt = config.predict.adapt
-    if adapt.method not in ("none", "auto"):
-        registry.build("adapter", adapt.method, **adapt.settings)
+    if adapt.method != "none":
+        name = registry.AUTO_ADAPTER if adapt.method == "auto" else adapt.method
+        registry.build("adapter", name, **adapt.settings)
     for name, settings in config.pretrain.objectives.items():
         registry.build("objective", name, **settings)  # so that a wrong setting is found now
         if registry.find("objective", name).needs_label:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from anysite.errors import ConfigError
 from anysite.networks import Network
@@ -27,10 +28,12 @@ class Adapter(ABC):
 
     Attributes:
         needs_reflection: Whether it needs what a training with the objective `reflection` learned.
+        needs_batch_normalisation: Whether it needs a network that normalises by statistics of its training.
         name: By which it is registered.
     """
 
     needs_reflection: ClassVar[bool] = False
+    needs_batch_normalisation: ClassVar[bool] = False
     name = ""
 
     def attach(
@@ -58,6 +61,8 @@ class Adapter(ABC):
                 expected="one trained with the objective reflection",
                 fix="train with --set objectives.reflection={}",
             )
+        if self.needs_batch_normalisation:
+            require_batch_normalisation(network)
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.plan, self.reflection, self.usual = plan, reflection, usual
         self._original = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
@@ -144,8 +149,29 @@ def descend(
     return values
 
 
+def find_batch_norms(network: nn.Module) -> list[_BatchNorm]:
+    """Return the layers that normalise by statistics of training."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    return [norm for norm in norms if norm.running_mean is not None]
+
+
+def require_batch_normalisation(network: nn.Module) -> None:
+    """Refuse a network without batch normalisation.
+
+    Raises:
+        ConfigError: there is no such layer.
+    """
+    if not find_batch_norms(network):
+        raise ConfigError(
+            "a network without batch normalisation", where="predict.adapt", expected="batch normalisation",
+            fix="choose another method, or train with network.norm=batch",
+        )  # fmt: skip
+
+
 def entropy(probabilities: Float[Tensor, "b k *p"], overlapping: bool) -> Float[Tensor, "b *p"]:
     """Return the entropy at every voxel in nats, of overlapping regions summed over them."""
+    # At 0 and 1 its slope is infinite, and every gradient of the image would be no number.
+    probabilities = probabilities.clamp(1e-6, 1 - 1e-6)
     if overlapping:
         return torch.special.entr(probabilities).sum(1) + torch.special.entr(1 - probabilities).sum(1)
     return torch.special.entr(probabilities).sum(1)
