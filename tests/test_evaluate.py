@@ -25,8 +25,9 @@ from anysite.errors import ConfigError, DataError, FileFormatError
 from anysite.evaluate import evaluate
 from anysite.manifest import manifest_path
 from anysite.metrics import METRICS
+from anysite.report.read import Row as ReportRow
 from anysite.report.read import read_sources
-from anysite.rows import ROWS, SUMMARY, read_rows, summarise, write_rows
+from anysite.rows import ROWS, SUMMARY, join_sites, read_rows, split_sites, summarise, write_rows
 
 SPACING = (0.5, 2.0, 3.0)
 AFFINE = np.diag([*SPACING, 1.0])
@@ -93,6 +94,18 @@ def by_hand(predicted: np.ndarray, true: np.ndarray) -> dict[str, Any]:
         "volume_error": difference * np.prod(SPACING),
         "relative_volume_error": difference / true.sum(),
     }
+
+
+@given(st.lists(st.text(min_size=1).filter(lambda name: name == name.strip()), unique=True))
+def test_sites_of_any_name_are_told_apart_in_rows(sites: list[str]) -> None:
+    assert split_sites(join_sites(sites)) == sites
+    row = ReportRow.model_validate({"metric": "dice", "value": 1, "train_domains": join_sites(sites)})
+    assert row.train_domains == tuple(sorted(sites))
+
+
+def test_names_of_ordinary_sites_are_written_as_they_are() -> None:
+    assert join_sites(["lyon", "A&B 2", "Kraków"]) == "lyon+A&B 2+Kraków"
+    assert split_sites("lyon+50%") == ["lyon", "50%"]  # as rows of before have it
 
 
 def test_rows_equal_metrics_computed_by_hand(tmp_path: Path) -> None:

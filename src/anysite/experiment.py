@@ -20,7 +20,7 @@ from anysite.errors import CASE_ERRORS, DataError
 from anysite.evaluate import evaluate, score_probabilities, score_volume
 from anysite.judgement import ADAPTED, VERDICT, is_judgement
 from anysite.metrics import METRICS, Score
-from anysite.rows import ALL_CLASSES, Row, describe_adaptation, describe_verdict, rows_of
+from anysite.rows import ALL_CLASSES, Row, describe_adaptation, describe_verdict, join_sites, rows_of
 
 NO_ADAPTER = "none"  # no adapter
 OTHER = "other"  # the split of images of another dataset
@@ -110,7 +110,7 @@ class Job:
     def key(self) -> tuple[str, str, int, str, str, str]:
         """What tells this job's rows from those of others."""
         return (
-            self.dataset, self.name, self.seed, "+".join(self.train_domains), self.overrides_text,
+            self.dataset, self.name, self.seed, join_sites(self.train_domains), self.overrides_text,
             self.digest,
         )  # fmt: skip
 
@@ -232,7 +232,7 @@ def _score_images(
     outcomes = list(predict(members, cases, masks, dataset=dataset, save_probabilities=save, adapt=adapt))
     # The splits list the sites in the order of their cases, which may differ from the job's.
     context = {
-        "train_domains": "+".join(job.train_domains), "overrides": job.overrides_text, "job": job.digest,
+        "train_domains": join_sites(job.train_domains), "overrides": job.overrides_text, "job": job.digest,
         "labels": str(job.settings.train.labelled_patients or "all"), "adapt": adapt, "seed": job.seed,
     }  # fmt: skip
     result = evaluate(masks, dataset, threads=threads, context=context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,17 @@ OF_A_RUN = (
     "commit", "config", "overrides", "job", "data",
 )  # fmt: skip
 SHARED = "shared"
+
+
+def join_sites(sites: Iterable[str]) -> str:
+    """Return the names of sites as one text, joined by "+"; one within a name is written as in addresses, %2B."""
+    return "+".join(site.replace("%", "%25").replace("+", "%2B") for site in sites)
+
+
+def split_sites(text: str) -> list[str]:
+    """Return the names that `join_sites` joined."""
+    names = [name.strip() for name in text.split("+")]
+    return [name.replace("%2B", "+").replace("%25", "%") for name in names if name]
 
 
 def name_adapter(settings: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from anysite import atomic
 from anysite.errors import DataError, FileFormatError, describe_invalid
-from anysite.rows import SHARED, number_rows
+from anysite.rows import SHARED, number_rows, split_sites
 
 
 class Row(BaseModel):
@@ -52,7 +52,7 @@ class Row(BaseModel):
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
-            value = [name.strip() for name in value.split("+") if name.strip()]
+            value = split_sites(value)
         return tuple(sorted(value)) if isinstance(value, list) else value or ()
 
     @field_validator("value")
