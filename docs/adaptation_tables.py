@@ -101,8 +101,7 @@ def _describe(adapter: str, gain: Gain) -> str:
 def _describe_briefly(results: Sequence[AdaptationResult]) -> list[str]:
     """Return one row an adapter: of each kind of images the gain, how many were harmed, and the worst."""
     kinds = dict.fromkeys(gain.kind for result in results for gain in result.gains)
-    numbers = {gain.kind: gain.images for result in results for gain in result.gains}
-    head = [f"{KINDS[kind]} ({numbers[kind]} images): gain | harmed | worst" for kind in kinds]
+    head = [f"{KINDS[kind]}: gain | harmed | worst" for kind in kinds]
     lines = [f"| adapter | {' | '.join(head)} |", "|---" * (1 + 3 * len(head)) + "|"]
     for result in results:
         name, _, gate = result.adapter.partition(" ")
@@ -113,7 +112,7 @@ def _describe_briefly(results: Sequence[AdaptationResult]) -> list[str]:
                 cells += ["-", "-", "-"]
                 continue
             worst = f"{100 * gain.worst[0][1]:.1f}" if gain.worst else "-"
-            cells += [_text(gain.gain), str(gain.harmed), worst]
+            cells += [_text(gain.gain), f"{gain.harmed} of {gain.images}", worst]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
