@@ -1,10 +1,13 @@
-"""Writes docs/commands.md, docs/settings.md and docs/methods.md from the code; a test compares them."""
+"""Writes the pages and tables that come from code and from rows of results, and names those it changed."""
 
 from __future__ import annotations
 
+import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import typer
 import typer.core
 from adaptation_tables import write_adaptation_tables
 from calibration_tables import write_calibration_tables
@@ -134,20 +137,33 @@ def _default_of(parameter: Any) -> str:
     return "" if parameter.default in (None, False, "") else f"`{parameter.default}`"
 
 
-if __name__ == "__main__":
-    for page, write in PAGES.items():
-        (DOCS / page).write_text(write(), encoding="utf-8")
-    readme = DOCS.parent / "README.md"
-    readme.write_text(write_readme_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
+def render() -> dict[Path, str]:
+    """Return every page that is written from code or rows, whole or in part, as it should be."""
+    pages = {DOCS / name: write() for name, write in PAGES.items()}
+    parts = {
+        DOCS.parent / "README.md": write_readme_table,
+        DOCS / "judging.md": write_judging_tables,
+        DOCS / "robustness.md": write_robustness_tables,
+        DOCS / "prediction.md": write_calibration_tables,
+        DOCS / "test_time.md": write_adaptation_tables,
+    }
     for method in sorted((DOCS / "methods").glob("*.md")):
-        method.write_text(
-            write_method_table(method.stem, method.read_text(encoding="utf-8")), encoding="utf-8"
-        )
-    judging = DOCS / "judging.md"
-    judging.write_text(write_judging_tables(judging.read_text(encoding="utf-8")), encoding="utf-8")
-    robustness = DOCS / "robustness.md"
-    robustness.write_text(write_robustness_tables(robustness.read_text(encoding="utf-8")), encoding="utf-8")
-    prediction = DOCS / "prediction.md"
-    prediction.write_text(write_calibration_tables(prediction.read_text(encoding="utf-8")), encoding="utf-8")
-    test_time = DOCS / "test_time.md"
-    test_time.write_text(write_adaptation_tables(test_time.read_text(encoding="utf-8")), encoding="utf-8")
+        parts[method] = partial(write_method_table, method.stem)
+    return pages | {page: write(page.read_text(encoding="utf-8")) for page, write in parts.items()}
+
+
+def main() -> None:
+    """Write every page that is out of date, or name it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; name pages that are out of date")
+    check = parser.parse_args().check
+    for page, text in render().items():
+        if page.is_file() and page.read_text(encoding="utf-8") == text:
+            continue
+        typer.echo(page.relative_to(DOCS.parent).as_posix())
+        if not check:
+            page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
