@@ -1,4 +1,4 @@
-"""The tables of docs/test_time.md, written from the rows in results/ and nothing else."""
+"""The tables of docs/test_time.md and docs/adaptation_results.md, written from the rows in results/ alone."""
 
 from __future__ import annotations
 
@@ -20,10 +20,36 @@ HEAD = (
     "adapter", "images", "number", "adapted", "gain in Dice points, all images", "gain, adapted ones",
     "lost more than 1 point", "gained more than 1", "worst",
 )  # fmt: skip
+GATE = "behind the gate"
+GLANCED = ("standard_views", "refseg", "fourier_prompt")  # the adapters of the short table
+
+
+def write_adaptation_glance(text: str) -> str:
+    """Return the text of the page on test-time adaptation with its short table written anew.
+
+    One row for every kind of network, with what adapters behind gate and checks did at unseen sites.
+    """
+    found: dict[str, dict[str, Gain]] = defaultdict(dict)
+    for name, entry in read_index().items():
+        if "glance" not in entry or not (RESULTS / name).is_file():
+            continue
+        rows = list(read_results(name))
+        rows += let_the_gate_decide(rows, AdaptSettings().least_doubt) if "gate" in entry else []
+        for result in describe_adaptations(rows):
+            adapter, _, gate = result.adapter.partition(" ")
+            if adapter in GLANCED and (gate == GATE) == ("gate" in entry):
+                gains = {gain.kind: gain for gain in result.gains}
+                found[f"{entry['glance']}, trained by `{result.method}`"][adapter] = gains["unseen"]
+    head = [f"`{name}`: gain | harmed | worst" for name in GLANCED]
+    lines = [f"| unseen sites of | {' | '.join(head)} |", "|---" * (1 + 3 * len(head)) + "|"]
+    for title, gains in found.items():
+        cells = [cell for name in GLANCED for cell in _cells_of(gains.get(name))]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return between_markers(text, lines)
 
 
 def write_adaptation_tables(text: str) -> str:
-    """Return the text of the page on test-time adaptation with its tables of results written anew."""
+    """Return the text of the page on measured test-time adaptation with its tables of results written anew."""
     lines: list[str] = []
     for name, entry in read_index().items():
         if "adaptation" not in entry or not (RESULTS / name).is_file():
@@ -60,7 +86,7 @@ def let_the_gate_decide(rows: Sequence[Row], least_doubt: float) -> list[Row]:
         elif row.adapt in PLAIN and row.metric == "dice":
             plain[*_image(row), row.class_name] = row.value
     settings, decided = AdaptSettings(least_doubt=least_doubt), []
-    gate = " behind the gate" + ("" if settings == AdaptSettings() else f", `least_doubt={least_doubt:g}`")
+    gate = " " + GATE + ("" if settings == AdaptSettings() else f", `least_doubt={least_doubt:g}`")
     for row in rows:
         if (
             " " in row.adapt
@@ -106,15 +132,17 @@ def _describe_briefly(results: Sequence[AdaptationResult]) -> list[str]:
     for result in results:
         name, _, gate = result.adapter.partition(" ")
         gains = {gain.kind: gain for gain in result.gains}
-        cells = [f"`{name}` {gate}".strip()]
-        for gain in map(gains.get, kinds):
-            if gain is None:  # not scored with this adapter
-                cells += ["-", "-", "-"]
-                continue
-            worst = f"{100 * gain.worst[0][1]:.1f}" if gain.worst else "-"
-            cells += [_text(gain.gain), f"{gain.harmed} of {gain.images}", worst]
+        cells = [f"`{name}` {gate}".strip(), *(cell for kind in kinds for cell in _cells_of(gains.get(kind)))]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _cells_of(gain: Gain | None) -> list[str]:
+    """Return the mean gain, how many images were harmed, and the largest loss; dashes where nothing was scored."""
+    if gain is None:
+        return ["-", "-", "-"]
+    worst = f"{100 * gain.worst[0][1]:.1f}" if gain.worst else "-"
+    return [_text(gain.gain), f"{gain.harmed} of {gain.images}", worst]
 
 
 def _text(found: Estimate | None) -> str:

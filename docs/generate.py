@@ -9,10 +9,10 @@ from typing import Any
 
 import typer
 import typer.core
-from adaptation_tables import write_adaptation_tables
+from adaptation_tables import write_adaptation_glance, write_adaptation_tables
 from calibration_tables import write_calibration_tables
 from evidence_page import describe_evidence, write_method_table, write_readme_table
-from judging_tables import write_judging_tables
+from judging_tables import write_judging_glance, write_judging_tables
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from robustness_tables import write_robustness_tables
@@ -142,10 +142,12 @@ def render() -> dict[Path, str]:
     pages = {DOCS / name: write() for name, write in PAGES.items()}
     parts = {
         DOCS.parent / "README.md": write_readme_table,
-        DOCS / "judging.md": write_judging_tables,
+        DOCS / "judging.md": write_judging_glance,
+        DOCS / "judging_results.md": write_judging_tables,
         DOCS / "robustness.md": write_robustness_tables,
         DOCS / "prediction.md": write_calibration_tables,
-        DOCS / "test_time.md": write_adaptation_tables,
+        DOCS / "test_time.md": write_adaptation_glance,
+        DOCS / "adaptation_results.md": write_adaptation_tables,
     }
     for method in sorted((DOCS / "methods").glob("*.md")):
         parts[method] = partial(write_method_table, method.stem)

@@ -1,6 +1,8 @@
-"""The tables of docs/judging.md, written from the rows in results/ and nothing else."""
+"""The tables of docs/judging.md and docs/judging_results.md, written from the rows in results/ alone."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from evidence_page import RESULTS, between_markers, describe_origin, read_index, read_results
 
@@ -12,22 +14,59 @@ KINDS = {
     "in_domain": "training sites, other patients", "unseen": "unseen site", "corrupted": "corrupted",
     "other": "another dataset", "unknown": "role unknown", "all": "all",
 }  # fmt: skip
+GLANCED = ("histogram", "spectral", "combined")  # the scores of the short table
+
+
+def write_judging_glance(text: str) -> str:
+    """Return the text of the page on judging with its short table written anew: one row for every dataset."""
+    heads = ("networks of", "known images beyond a limit", "unseen masks: accepted", "of these failed")
+    told = [f"`{score}`: AUROC (FPR95), all shifts" for score in GLANCED]
+    sorted_by = "failures sorted, AURC above the best: `referral` (`entropy`)"
+    lines = _head(
+        (*heads, "other organs rejected", "known masks with the Dice as predicted", *told, sorted_by)
+    )
+    for _, entry, judgements in _read_judgements():
+        judgement = judgements[0]  # later ones are of other noise of the same made-up images
+        passed = {group.kind: group for group in judgement.passed}
+        known, unseen, other = (passed.get(kind) for kind in ("in_domain", "unseen", "other"))
+        ranked = {ranking.score: f"{ranking.excess_aurc:.3f}" for ranking in judgement.rankings[0][-1]}
+        cells = [
+            entry["glance"],
+            f"{known.beyond} of {known.images}" if known else "-",
+            f"{unseen.decisions['accept']} of {unseen.images}" if unseen else "-",
+            f"{unseen.silent}" if unseen else "-",
+            f"{other.decisions['reject'] + other.refused} of {other.images}" if other else "-",
+            f"{known.within} of {known.predicted}" if known else "-",
+            *(_describe_shift(judgement.means[-1], (score,)) for score in GLANCED),
+            f"{ranked['referral']} ({ranked['entropy']})",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return between_markers(text, lines)
 
 
 def write_judging_tables(text: str) -> str:
-    """Return the text of the page on judging with its tables of results written anew."""
+    """Return the text of the page on measured judgement with its tables of results written anew."""
     lines: list[str] = []
+    for name, entry, judgements in _read_judgements():
+        lines += [f"### {entry['title']}", ""]
+        for one in judgements:
+            lines += [f"{one.method}, {count(one.runs, 'training')}:", "", *_describe(one)]
+        lines += describe_origin(name, entry)
+    return between_markers(text, lines)
+
+
+def _read_judgements() -> Iterator[tuple[str, dict[str, str], list[Judgement]]]:
+    """Yield the name and entry of every file with verdicts, and what its rows say, a dataset each."""
     for name, entry in read_index().items():
         if "judging" not in entry or not (RESULTS / name).is_file():
             continue
-        rows = list(read_results(name))
-        lines += [f"### {entry['title']}", ""]
+        rows = read_results(name)
+        judgements: list[Judgement] = []
         for dataset in dict.fromkeys(row.dataset for row in rows):
             judgement = describe_judgement(dataset, [row for row in rows if row.dataset == dataset])
             assert judgement is not None, f"{name} holds no verdicts"
-            lines += [f"{dataset}, {count(judgement.runs, 'training')}:", "", *_describe(judgement)]
-        lines += describe_origin(name, entry)
-    return between_markers(text, lines)
+            judgements.append(judgement)
+        yield name, entry, judgements
 
 
 def _describe(judgement: Judgement) -> list[str]:
