@@ -36,7 +36,8 @@ from anysite.data.volume import Volume
 from anysite.errors import AnysiteError
 from anysite.learner import build_network
 from anysite.manifest import read_manifests
-from anysite.plan import Normalisation, Plan
+from anysite.normalisation import Normalisation
+from anysite.plan import Plan
 from anysite.report.read import read_sources
 
 SLOWEST_S, MEMORY = 2.0, 3 * 2**30

@@ -45,9 +45,10 @@ from anysite.learner import build_learner
 from anysite.maps import Prediction
 from anysite.networks import Network
 from anysite.networks.synthesiser import Synthesiser
+from anysite.normalisation import Normalisation
 from anysite.objectives import Step
 from anysite.objectives.reflection import Reflection, spoil_mask
-from anysite.plan import Normalisation, Plan
+from anysite.plan import Plan
 from anysite.predict import predict
 from anysite.report.page import write_report
 from anysite.rows import read_rows

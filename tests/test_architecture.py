@@ -21,7 +21,7 @@ LAYERS = [
     {"data", "metrics", "calibration"},
     {"axes"},
     {"amplitude", "random_convolution"},
-    {"augment", "corrupt", "intensities", "masking", "sides", "similarity"},
+    {"augment", "corrupt", "intensities", "masking", "normalisation", "sides", "similarity"},
     {"plan"},
     {"windows", "planning"},
     {"patches"},

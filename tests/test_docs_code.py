@@ -24,7 +24,8 @@ from anysite.data.check import inspect_dataset
 from anysite.data.layouts import open_dataset
 from anysite.judgement import DECISIONS
 from anysite.learner import build_network
-from anysite.plan import Normalisation, Plan
+from anysite.normalisation import Normalisation
+from anysite.plan import Plan
 from anysite.predict import read_manifests
 from pages import DOCS, PAGES, ROOT, Block, arguments_of, find_blocks, parse, read_blocks, read_commands
 from test_cli import Result, call

@@ -21,7 +21,8 @@ import dicom_files
 from anysite.data import files, nifti_place
 from anysite.data.volume import Volume
 from anysite.errors import FileFormatError, GeometryError
-from anysite.plan import Normalisation, Plan
+from anysite.normalisation import Normalisation
+from anysite.plan import Plan
 
 SPACINGS_MM = ((1, 1, 1), (0.5, 0.5, 3), (2, 1, 1.5), (0.7, 0.7, 0.7), (3, 0.8, 0.9), (1.3, 4, 1.1))
 ORIENTATIONS = list(itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3)))

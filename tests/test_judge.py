@@ -40,8 +40,9 @@ from anysite.judge import (
 )
 from anysite.judgement import suspicion
 from anysite.learner import build_network
+from anysite.normalisation import Normalisation
 from anysite.observations import count_agreement, count_shared, sum_layers
-from anysite.plan import Normalisation, Plan
+from anysite.plan import Plan
 from anysite.predict import judged_by_image_alone, predict
 from anysite.references import learn_references
 from anysite.report.read import read_sources

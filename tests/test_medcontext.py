@@ -17,6 +17,7 @@ from anysite.errors import ConfigError
 from anysite.learner import Learner, build_learner
 from anysite.loop import Progress
 from anysite.masking import draw_blocks
+from anysite.normalisation import Normalisation
 from anysite.objectives.medcontext import (
     MedContext,
     Teacher,
@@ -25,7 +26,7 @@ from anysite.objectives.medcontext import (
     released_momentum,
     replace_tokens,
 )
-from anysite.plan import Normalisation, Plan
+from anysite.plan import Plan
 from anysite.train import train
 from conftest import small_config
 

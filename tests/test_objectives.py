@@ -15,9 +15,10 @@ from anysite.diagnostics import compare_gradients, effective_rank
 from anysite.errors import ConfigError
 from anysite.learner import Learner, build_learner, build_network
 from anysite.networks import Network
+from anysite.normalisation import Normalisation
 from anysite.objectives import Objective, Step
 from anysite.objectives.supervised import Supervised, region_maps
-from anysite.plan import Normalisation, Plan
+from anysite.plan import Plan
 
 REGIONS = ((1, 2, 3), (2, 3), (3,))
 DOMAINS = ("north", "east")

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from anysite.data.case import Case, Dataset
 from anysite.errors import DataError
+from anysite.normalisation import Normalisation
 from anysite.patches import Batch, PatchSampler, PreparedCase, PreparedCases, prepare
-from anysite.plan import Normalisation, Plan
+from anysite.plan import Plan
 from anysite.planning import learn_plan
 from anysite.settings import AugmentSettings, PlanSettings, TrainSettings
 from anysite.windows import cut_patch, gaussian_weight, place_windows, slide, thin_out

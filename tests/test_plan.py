@@ -18,8 +18,9 @@ from scipy.spatial.transform import Rotation
 from anysite.data.case import Case, Dataset
 from anysite.data.volume import Volume
 from anysite.errors import ConfigError, DataError, GeometryError
-from anysite.plan import Normalisation, Plan
-from anysite.planning import choose_patch_size, learn_plan
+from anysite.normalisation import Normalisation
+from anysite.plan import Plan
+from anysite.planning import LOCAL_SHARE, choose_patch_size, learn_plan
 from anysite.settings import PlanSettings
 
 AXES = [
@@ -265,9 +266,10 @@ def anatomy(seed: int = 0) -> Volume:
 
 
 @pytest.mark.parametrize("axes", AXES)
-@pytest.mark.parametrize("kind", ["case", "none"])
+@pytest.mark.parametrize("kind", ["case", "local", "none"])
 def test_the_grid_does_not_depend_on_how_the_file_is_stored(axes: str, kind: Any) -> None:
-    anyhow = plan(channels=2, normalisation=(Normalisation(kind=kind),) * 2)
+    normalisation = Normalisation(kind=kind, sigma_voxels=(0, 2, 3))
+    anyhow = plan(channels=2, normalisation=(normalisation,) * 2)
     expected = anyhow.to_grid(anatomy())
     found = anyhow.to_grid(anatomy().oriented(axes))
     assert found.shape == (2, 5, 6, 10)
@@ -434,3 +436,29 @@ def test_case_normalisation_heeds_contrast_whatever_its_unit(scale: float) -> No
     flat.array[0, 0, 0] *= 1 + 1e-9  # no contrast, but what rounding makes
     assert float(plan(image_dimension=2, unit="px", spacing=(1, 1), patch_size=(16, 16), channels=1,
                       normalisation=(Normalisation(kind="case"),)).to_grid(flat).abs().max()) < 1e-3  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "expected"),
+    [
+        ((24, 24, 6), (1, 1, 4), (0.0, 3.0, 3.0)),  # thick slices, each by itself
+        ((24, 32, 40), (1, 1.5, 1), (5.0, 3.333, 5.0)),  # 3-D: 5 mm along every axis
+    ],
+)
+def test_a_plan_learns_how_far_surroundings_reach(
+    tmp_path: Path, shape: Any, spacing: Any, expected: tuple[float, ...]
+) -> None:
+    learned = learn_plan(write_dataset(tmp_path, [shape] * 2, spacing), PlanSettings(normalisation="local"))
+    (one,) = learned.normalisation
+    assert one.kind == "local"
+    sigma_mm = np.multiply(one.sigma_voxels, learned.spacing)
+    own = np.multiply(shape, spacing)[["RAS".index(a) for a in learned.axes]]
+    assert sigma_mm[-1] == pytest.approx(LOCAL_SHARE * own[-2:].min(), abs=0.01)
+    assert sorted(one.sigma_voxels) == pytest.approx(sorted(expected), abs=0.01)
+    assert "channel 0 normalised by local: no common intensity scale" in learned.reasons
+
+
+def test_hounsfield_units_keep_their_meaning(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, [(20, 20, 20)] * 2, (1, 1, 1), offset=-1000)
+    (one,) = learn_plan(dataset, PlanSettings(normalisation="local")).normalisation
+    assert (one.kind, one.sigma_voxels) == ("dataset", ())

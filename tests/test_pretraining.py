@@ -134,7 +134,8 @@ def test_the_encoder_is_what_encode_depends_on(name: str, dimension: int) -> Non
 @pytest.mark.parametrize("network", ["unet", "unetr", "mednext"])
 def test_pretraining_trains_every_kind_of_network(method: str, dimension: int, network: str) -> None:
     from anysite.learner import build_learner
-    from anysite.plan import Normalisation, Plan
+    from anysite.normalisation import Normalisation
+    from anysite.plan import Plan
 
     patch_size = (64, 64) if dimension == 2 else (32, 32, 32)
     plan = Plan(

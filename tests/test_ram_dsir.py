@@ -19,9 +19,10 @@ from anysite.data.case import Dataset
 from anysite.errors import ConfigError
 from anysite.learner import build_learner, build_network
 from anysite.networks.restoration import RestorationDecoder, list_scales, scale_to_unit
+from anysite.normalisation import Normalisation
 from anysite.objectives import Step
 from anysite.objectives.ram_dsir import RamDsir, symmetric_divergence
-from anysite.plan import Normalisation, Plan
+from anysite.plan import Plan
 from anysite.settings import AugmentSettings
 from anysite.train import train
 from conftest import small_config

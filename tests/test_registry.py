@@ -19,8 +19,9 @@ from anysite.detectors import Detector
 from anysite.errors import ConfigError
 from anysite.learner import build_network
 from anysite.networks import Network
+from anysite.normalisation import Normalisation
 from anysite.objectives import Objective
-from anysite.plan import Normalisation, Plan
+from anysite.plan import Plan
 
 REGISTERED = [(kind, name) for kind, table in registry.TABLES.items() for name in table]
 BASES = {"network": Network, "objective": Objective, "detector": Detector, "adapter": Adapter}

@@ -20,7 +20,8 @@ from anysite import atomic, provenance, runs
 from anysite.config import Config, load
 from anysite.errors import RunError
 from anysite.learner import build_network
-from anysite.plan import Normalisation, Plan
+from anysite.normalisation import Normalisation
+from anysite.plan import Plan
 
 PLAN = Plan(
     dimension=2,

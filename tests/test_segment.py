@@ -17,7 +17,8 @@ from anysite.data.case import Dataset
 from anysite.data.volume import Volume
 from anysite.errors import ConfigError, GeometryError, RunError
 from anysite.learner import build_network
-from anysite.plan import Normalisation, Plan
+from anysite.normalisation import Normalisation
+from anysite.plan import Plan
 from anysite.planning import learn_plan
 from anysite.runs import Run
 from anysite.segment import Segmenter, flip_combinations

@@ -20,8 +20,9 @@ from anysite.errors import CASE_ERRORS, ConfigError, DataError, GeometryError, d
 from anysite.evaluate import as_class_indices
 from anysite.judge import LEAST, Judge, Reference
 from anysite.manifest import MANIFESTS
+from anysite.normalisation import Normalisation
 from anysite.observations import count_agreement
-from anysite.plan import Normalisation, Plan
+from anysite.plan import Plan
 from anysite.planning import learn_plan
 from anysite.settings import JudgeSettings, PlanSettings
 

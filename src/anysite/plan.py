@@ -16,24 +16,9 @@ from anysite.calibration import find_likeliest
 from anysite.data.limits import HOUNSFIELD_BELOW
 from anysite.data.volume import Volume, interpolation_matrix
 from anysite.errors import ConfigError, GeometryError
+from anysite.normalisation import Normalisation, normalise
 
-CLIP_PERCENTILES = (0.5, 99.5)
 HIDDEN = -1e4  # a logit of no probability
-
-
-class Normalisation(BaseModel):
-    """How one channel's intensities are brought to zero mean and unit variance.
-
-    "case" uses the statistics of the image at hand, "dataset" those of the training cases' foreground (for
-    units that mean something, as in CT), "none" leaves the values alone.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    kind: Literal["case", "dataset", "none"] = "case"
-    mean: float = 0.0
-    std: float = 1.0
-    low: float = 0.0
-    high: float = 1.0
 
 
 class Variant(BaseModel):
@@ -134,7 +119,7 @@ class Plan(BaseModel):
         """Return the image on the plan's grid, normalised, slice axis first."""
         array = self.on_grid(image).array.astype(np.float32)
         normalisation = self.variant_of(image).normalisation
-        channels = [_normalise(a, n) for a, n in zip(array, normalisation, strict=True)]
+        channels = [normalise(a, n) for a, n in zip(array, normalisation, strict=True)]
         return torch.from_numpy(np.stack(channels))
 
     def for_task(self, name: str, unknown: Literal["background", "left_out"] = "background") -> Plan:
@@ -270,20 +255,3 @@ def _interpolate_rows(
     near = slice(int(needed[0]), int(needed[-1]) + 1)
     matrix = torch.from_numpy(weights[:, near])
     return torch.einsum("rn,kn...->kr...", matrix, array[:, near])
-
-
-def _normalise(channel: np.ndarray, normalisation: Normalisation) -> np.ndarray:
-    if normalisation.kind == "none":
-        return channel
-    if normalisation.kind == "dataset":
-        return (
-            np.clip(channel, normalisation.low, normalisation.high) - normalisation.mean
-        ) / normalisation.std
-    low, high = np.percentile(channel, CLIP_PERCENTILES)
-    # Where nearly every voxel has one value, clipping would leave nothing of the rest.
-    clipped = np.clip(channel, low, high) if low < high else channel
-    # The mean over voxels in float64: float32 sums lose digits on large volumes.
-    mean, std = clipped.mean(dtype=np.float64), clipped.std(dtype=np.float64)
-    # What rounding makes of a constant is no contrast; how small the numbers are says nothing.
-    contrast = std if std > 1e-6 * np.abs(clipped).max() else 1.0
-    return ((clipped - mean) / contrast).astype(np.float32)

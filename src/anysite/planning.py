@@ -13,10 +13,12 @@ from anysite.data.case import Case, Dataset
 from anysite.data.limits import HOUNSFIELD_BELOW
 from anysite.data.volume import Volume
 from anysite.errors import ConfigError, DataError, GeometryError
-from anysite.plan import CLIP_PERCENTILES, Normalisation, Plan, Variant
+from anysite.normalisation import CLIP_PERCENTILES, Normalisation
+from anysite.plan import Plan, Variant
 from anysite.settings import PlanSettings
 
 ANISOTROPY_LIMIT = 3.0
+LOCAL_SHARE = 1 / 8  # of a training image's extent in its plane: how far a voxel's surroundings reach
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,12 @@ def learn_plan(dataset: Dataset, settings: PlanSettings, threads: int = 2) -> Pl
         reasons.append(
             f"patch size {_listed(patch_size)}: median shape {_listed(shape)} on the grid, at most {limit} voxels"
         )
-    normalisation = _choose_normalisation(settings, prints, reasons)
+    sigma = _choose_sigma(prints, order, spacing, dimension)
+    normalisation = _choose_normalisation(settings, prints, sigma, reasons)
     variants = ()
     if len(by_task) > 1:
         variants = tuple(
-            _learn_variant(settings, task, own, order).model_copy(
+            _learn_variant(settings, task, own, order, dimension).model_copy(
                 update={"classes": dataset.tasks[task].classes}
             )
             for task, own in by_task.items()
@@ -260,7 +263,7 @@ def _share_hounsfield_window(
     hounsfield = [v.task for v in variants if all(n.kind == "dataset" for n in v.normalisation)]
     if len(hounsfield) < 2:
         return variants
-    common = _choose_normalisation(settings, [p for task in hounsfield for p in by_task[task]], [])
+    common = _choose_normalisation(settings, [p for task in hounsfield for p in by_task[task]], (), [])
     return tuple(
         variant.model_copy(update={"normalisation": common}) if variant.task in hounsfield else variant
         for variant in variants
@@ -268,18 +271,29 @@ def _share_hounsfield_window(
 
 
 def _learn_variant(
-    settings: PlanSettings, task: str, prints: list[_Fingerprint], order: list[int]
+    settings: PlanSettings, task: str, prints: list[_Fingerprint], order: list[int], dimension: int
 ) -> Variant:
     spacing = settings.spacing or np.median([p.spacing for p in prints], axis=0)[order]
     try:
-        normalisation = _choose_normalisation(settings, prints, [])
+        sigma = _choose_sigma(prints, order, spacing, dimension)
+        normalisation = _choose_normalisation(settings, prints, sigma, [])
     except DataError as error:
         raise DataError(f"{task}: {error}") from None
     return Variant(task=task, spacing=tuple(float(s) for s in spacing), normalisation=normalisation)
 
 
+def _choose_sigma(
+    prints: list[_Fingerprint], order: list[int], spacing: Sequence[float] | np.ndarray, dimension: int
+) -> tuple[float, ...]:
+    """Return how far surroundings reach on the grid, alike in mm along all axes that a network sees together."""
+    extents = np.median([np.multiply(p.shape, p.spacing) for p in prints], axis=0)[order]
+    sigma = LOCAL_SHARE * extents[-2:].min() / np.asarray(spacing)
+    sigma[: len(sigma) - dimension] = 0.0
+    return tuple(float(s) for s in np.round(sigma, 3))
+
+
 def _choose_normalisation(
-    settings: PlanSettings, prints: list[_Fingerprint], reasons: list[str]
+    settings: PlanSettings, prints: list[_Fingerprint], sigma: tuple[float, ...], reasons: list[str]
 ) -> tuple[Normalisation, ...]:
     foreground = np.concatenate([p.foreground for p in prints], axis=1)
     if foreground.shape[1] == 0:
@@ -289,8 +303,8 @@ def _choose_normalisation(
         kind = settings.normalisation
         # Hounsfield units are the one common intensity scale with meaning.
         hounsfield = float(np.median([p.minimum[channel] for p in prints])) <= HOUNSFIELD_BELOW
-        if kind == "auto":
-            kind = "dataset" if hounsfield else "case"
+        if kind in ("auto", "local"):
+            kind = "dataset" if hounsfield else "case" if kind == "auto" else "local"
             why = (
                 "values below -500 look like Hounsfield units" if hounsfield else "no common intensity scale"
             )
@@ -300,8 +314,13 @@ def _choose_normalisation(
         clipped = np.clip(values, low, high)
         result.append(
             Normalisation(
-                kind=kind, mean=float(clipped.mean()), std=float(max(clipped.std(), 1e-6)), low=low, high=high
-            )
+                kind=kind,
+                mean=float(clipped.mean()),
+                std=float(max(clipped.std(), 1e-6)),
+                low=low,
+                high=high,
+                sigma_voxels=sigma if kind == "local" else (),
+            )  # fmt: skip
         )
     return tuple(result)
 

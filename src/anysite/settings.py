@@ -47,7 +47,11 @@ class PlanSettings(Settings):
         default=None, gt=0, description="upper limit for a chosen patch size; none: 2^16 in 2-D, 2^18 in 3-D"
     )
     context_slices: int = Field(default=1, ge=0, description="neighbours on each side, as channels, of 2.5d")
-    normalisation: Literal["auto", "case", "dataset", "none"] = "auto"
+    normalisation: Literal["auto", "case", "local", "dataset", "none"] = Field(
+        default="auto",
+        description="auto: Hounsfield units by the training images, others by the image itself (case); "
+        "local: in place of case, by each voxel's surroundings too",
+    )
 
     @field_validator("spacing", "patch_size")
     @classmethod

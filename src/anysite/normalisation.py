@@ -1,0 +1,93 @@
+"""Intensities brought to a common scale: of the image, of the training images, or of each voxel's surroundings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict
+from scipy.ndimage import gaussian_filter
+from torch.nn import functional as F
+
+CLIP_PERCENTILES = (0.5, 99.5)
+LEAST_CONTRAST = 0.1  # of the image's own: noise in air is not to look like anatomy
+LEAST_SIZE = 32  # coarse voxels along an axis, where the image has as many
+FINE = 8.0  # coarse voxels a standard deviation; a map so smooth needs no more of them
+
+
+class Normalisation(BaseModel):
+    """How one channel's intensities are brought to zero mean and unit variance.
+
+    "case" uses the statistics of the image at hand, "local" after it those around each voxel, "dataset" those of the
+    training cases' foreground (for units that mean something, as in CT), "none" leaves the values alone.
+
+    Attributes:
+        sigma_voxels: Of "local", how far surroundings reach along each axis of the plan's grid: the standard
+            deviation of a Gaussian, 0 for an axis across which slices are not compared.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["case", "local", "dataset", "none"] = "case"
+    mean: float = 0.0
+    std: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
+    sigma_voxels: tuple[float, ...] = ()
+
+
+def normalise(channel: Float[np.ndarray, "*s"], normalisation: Normalisation) -> Float[np.ndarray, "*s"]:
+    """Return one channel of an image on the plan's grid, normalised."""
+    if normalisation.kind == "none":
+        return channel
+    if normalisation.kind == "dataset":
+        return (
+            np.clip(channel, normalisation.low, normalisation.high) - normalisation.mean
+        ) / normalisation.std
+    low, high = np.percentile(channel, CLIP_PERCENTILES)
+    # Where nearly every voxel has one value, clipping would leave nothing of the rest.
+    clipped = np.clip(channel, low, high) if low < high else channel
+    standard = _standardise(clipped)
+    if normalisation.kind == "local":
+        return _standardise(even_out(standard, normalisation.sigma_voxels))
+    return standard
+
+
+def even_out(values: Float[np.ndarray, "*s"], sigma_voxels: tuple[float, ...]) -> Float[np.ndarray, "*s"]:
+    """Return how far each voxel lies from its surroundings' mean, in their standard deviations.
+
+    Local contrast normalisation: Jarrett, Kavukcuoglu, Ranzato, LeCun, 2009,
+    https://doi.org/10.1109/ICCV.2009.5459469. Shading and differences in contrast across an image go, and with them
+    much of what scanners disagree about.
+
+    Args:
+        values: Of unit variance.
+        sigma_voxels: Standard deviation of the Gaussian that weighs the surroundings, for each axis.
+    """
+    centred = values - _smooth(values, sigma_voxels)
+    contrast = np.sqrt(_smooth(np.square(centred), sigma_voxels))
+    return centred / (contrast + np.float32(LEAST_CONTRAST))
+
+
+def _standardise(values: Float[np.ndarray, "*s"]) -> Float[np.ndarray, "*s"]:
+    # The mean over voxels in float64: float32 sums lose digits on large volumes.
+    mean, std = values.mean(dtype=np.float64), values.std(dtype=np.float64)
+    # What rounding makes of a constant is no contrast; how small the numbers are says nothing.
+    contrast = std if std > 1e-6 * np.abs(values).max() else 1.0
+    return ((values - mean) / contrast).astype(np.float32)
+
+
+def _smooth(values: Float[np.ndarray, "*s"], sigma_voxels: tuple[float, ...]) -> Float[np.ndarray, "*s"]:
+    """Return Gaussian means, computed on a grid as coarse as they allow: an image's time, however wide they are."""
+    shape = values.shape
+    coarse = [
+        max(int(np.ceil(n / max(1.0, sigma // FINE))), min(n, LEAST_SIZE))
+        for n, sigma in zip(shape, sigma_voxels, strict=True)
+    ]
+    mode = "trilinear" if len(shape) == 3 else "bilinear"
+    volume = torch.from_numpy(np.ascontiguousarray(values))[None, None]
+    small = F.interpolate(volume, size=coarse, mode="area")[0, 0].numpy()
+    sigma_coarse = [sigma * m / n for sigma, m, n in zip(sigma_voxels, coarse, shape, strict=True)]
+    means = torch.from_numpy(gaussian_filter(small, sigma_coarse, mode="reflect"))[None, None]
+    return F.interpolate(means, size=shape, mode=mode, align_corners=False)[0, 0].numpy()

@@ -1,0 +1,97 @@
+"""Intensities on a common scale: the image's own, the training images', and each voxel's surroundings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+
+from anysite.normalisation import LEAST_CONTRAST, Normalisation, even_out, normalise
+
+
+def textured(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    values = np.random.default_rng(seed).normal(size=shape)
+    values = gaussian_filter(values, 2.0) * 8 + gaussian_filter(values, 6.0) * 20
+    return ((values - values.mean()) / values.std()).astype(np.float32)
+
+
+def even_out_slowly(values: np.ndarray, sigma_voxels: tuple[float, ...]) -> np.ndarray:
+    """What `even_out` says it does, on the full grid and in double precision."""
+    wide = values.astype(float)
+    centred = wide - gaussian_filter(wide, sigma_voxels, mode="reflect")
+    contrast = np.sqrt(gaussian_filter(centred**2, sigma_voxels, mode="reflect"))
+    return centred / (contrast + LEAST_CONTRAST)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sigma_voxels", "tolerance"),
+    [
+        ((60, 50), (6.0, 6.0), 1e-5),  # as fine as the image
+        ((300, 250), (31.0, 31.0), 0.01),
+        ((5, 120, 90), (0.0, 20.0, 11.0), 0.01),  # slices by themselves
+        ((40, 60, 50), (9.0, 18.0, 18.0), 0.01),
+        ((3, 4), (0.5, 20.0), 1e-5),  # surroundings wider than the image
+    ],
+)
+def test_surroundings_are_those_of_a_gaussian(
+    shape: tuple[int, ...], sigma_voxels: tuple[float, ...], tolerance: float
+) -> None:
+    values = textured(shape)
+    found, expected = even_out(values, sigma_voxels), even_out_slowly(values, sigma_voxels)
+    assert found.dtype == np.float32
+    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def test_slices_do_not_look_at_each_other() -> None:
+    volume = textured((4, 40, 40))
+    other = volume.copy()
+    other[1:] = 0
+    sigma_voxels = (0.0, 20.0, 20.0)
+    np.testing.assert_array_equal(even_out(volume, sigma_voxels)[0], even_out(other, sigma_voxels)[0])
+
+
+@settings(deadline=None, max_examples=20)
+@given(gain=st.floats(0.01, 1000), offset=st.floats(-100, 100), seed=st.integers(0, 99))
+def test_scale_and_offset_do_not_count(gain: float, offset: float, seed: int) -> None:
+    local = Normalisation(kind="local", sigma_voxels=(8.0, 8.0))
+    image = textured((40, 50), seed)
+    found = normalise(image, local)
+    assert float(found.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(found.std()) == pytest.approx(1, abs=1e-5)
+    np.testing.assert_allclose(normalise(gain * image + gain * offset, local), found, atol=2e-2)
+
+
+def test_shading_goes_where_the_whole_image_cannot_tell_it() -> None:
+    image = textured((128, 128))
+    ramp = np.linspace(0, 1, 128, dtype=np.float32)
+    shaded = (image + 10) * (0.5 + ramp) + 8 * ramp[:, None]
+
+    def difference(kind: Any) -> float:
+        one = Normalisation(kind=kind, sigma_voxels=(16.0, 16.0))
+        return float(np.abs(normalise(shaded, one) - normalise(image, one)).mean())
+
+    assert difference("local") < difference("case") / 3
+
+
+@pytest.mark.parametrize("value", [0.0, 1e4])
+def test_an_image_of_one_value_becomes_zero(value: float) -> None:
+    flat = np.full((20, 30), value, np.float32)
+    assert not normalise(flat, Normalisation(kind="local", sigma_voxels=(4.0, 4.0))).any()
+
+
+def test_noise_in_air_stays_below_anatomy() -> None:
+    image = textured((128, 128)) * 100
+    image[:, 64:] = np.random.default_rng(1).normal(size=(128, 64))
+    found = normalise(image, Normalisation(kind="local", sigma_voxels=(8.0, 8.0)))
+    assert found[:, 100:].std() < 0.2 * found[:, :40].std()
+
+
+def test_a_larger_field_of_view_changes_no_surroundings() -> None:
+    image = textured((256, 256))
+    local = Normalisation(kind="local", sigma_voxels=(16.0, 16.0))
+    larger = normalise(np.pad(image, 64, mode="symmetric"), local)[64:-64, 64:-64]
+    np.testing.assert_allclose(larger[64:-64, 64:-64], normalise(image, local)[64:-64, 64:-64], atol=0.1)
