@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,10 +46,10 @@ HEADER = [
     "| data | trained on | tested on | in domain | unseen | gap | seeds (spread) | minutes a training |",
     "|---|---|---|---|---|---|---|---|",
 ]
-RECIPE = "robust"
+RECIPE, LOCAL = "robust", "local"
 RECIPE_HEADER = [
-    "| data | trained on | tested on | baseline, unseen | robust, unseen | gain, paired | share of the gap closed "
-    "| baseline, in domain | robust in domain, paired | seeds |",
+    "| data | trained on | tested on | baseline, unseen | {0}, unseen | gain, paired | share of the gap closed "
+    "| baseline, in domain | {0} in domain, paired | seeds |",
     "|---|---|---|---|---|---|---|---|---|---|",
 ]
 COMPARISON_HEADER = [
@@ -61,7 +62,10 @@ COMPARISON_HEADER = [
 def describe_evidence() -> str:
     """Return the evidence page."""
     index = read_index()
-    lines = [INTRODUCTION, "## What the default closes of the gap", "", *recipe_table(index), ""]
+    lines = [INTRODUCTION]
+    heads = {RECIPE: "What the default closes of the gap", LOCAL: "With local normalisation"}
+    for recipe, head in heads.items():
+        lines += [f"## {head}", "", *recipe_table(index, recipe), "", *_describe_share(index, recipe)]
     lines += ["## The gap of the baseline", "", *baseline_table(index), ""]
     for page, entries in _comparisons(index).items():
         lines += [f"## Compared: [{page}](methods/{page}.md)", "", *comparison_tables(entries)]
@@ -95,23 +99,48 @@ def write_method_table(page: str, text: str) -> str:
     return between_markers(text, comparison_tables(_comparisons(read_index()).get(page, {})))
 
 
-def recipe_table(index: dict[str, dict[str, str]]) -> list[str]:
-    """Return, for every file that measures the default and set of training sites, what it gains and closes."""
-    lines = list(RECIPE_HEADER)
+def recipe_table(index: dict[str, dict[str, str]], recipe: str = RECIPE) -> list[str]:
+    """Return, for every file that measures a recipe and set of training sites, what it gains and closes."""
+    lines = [head.format(recipe) for head in RECIPE_HEADER]
+    for title, trained_on, base, found in _compare_recipe(index, recipe):
+        lines.append(_describe_recipe(title, trained_on, base, found))
+    return lines
+
+
+def _compare_recipe(
+    index: dict[str, dict[str, str]], recipe: str
+) -> Iterator[tuple[str, str, MethodSummary, MethodSummary]]:
+    """Yield the task, the training sites, and what baseline and recipe reach."""
     for name, entry in index.items():
         if "recipe" not in entry or not (RESULTS / name).is_file():
             continue
         rows = [row for row in read_results(name) if is_clean(row)]
         for sites in dict.fromkeys(row.train_domains for row in rows):
             methods = split_by_method([row for row in rows if row.train_domains == sites])
-            if RECIPE in methods and "baseline" in methods:
-                lines.append(_describe_recipe(entry["recipe"], ", ".join(sites), methods))
-    return lines
+            if recipe in methods and "baseline" in methods:
+                chosen = {method: methods[method] for method in ("baseline", recipe)}
+                base, found = summarise_methods(chosen, "baseline")
+                yield entry["recipe"], ", ".join(sites), base, found
 
 
-def _describe_recipe(title: str, trained_on: str, methods: dict[str, list[ReportRow]]) -> str:
-    base, *others = summarise_methods({n: methods[n] for n in ("baseline", RECIPE)}, "baseline")
-    recipe = others[0]
+def _describe_share(index: dict[str, dict[str, str]], recipe: str) -> list[str]:
+    """Return a sentence on the share of the gap that a recipe closes, for each task and in the mean over tasks."""
+    gains: dict[str, list[tuple[float, float]]] = {}
+    for title, _, base, found in _compare_recipe(index, recipe):
+        if found.comparison is not None and base.gap is not None:
+            gains.setdefault(title, []).append((found.comparison.difference.mean, base.gap))
+    shares = {
+        title: 100 * sum(gain for gain, _ in pairs) / sum(gap for _, gap in pairs)
+        for title, pairs in gains.items()
+    }
+    if not shares:
+        return []
+    told = "; ".join(f"{title}: {share:.0f} %" for title, share in shares.items())
+    mean = sum(shares.values()) / len(shares)
+    return [f"All gains of a task by all of its gaps: {told}. **The mean over tasks: {mean:.0f} %.**", ""]
+
+
+def _describe_recipe(title: str, trained_on: str, base: MethodSummary, recipe: MethodSummary) -> str:
     gain, cost = (
         "-" if c is None else _text(c.difference, signed=True) for c in (recipe.comparison, recipe.cost)
     )

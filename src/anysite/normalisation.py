@@ -66,8 +66,10 @@ def even_out(values: Float[np.ndarray, "*s"], sigma_voxels: tuple[float, ...]) -
         sigma_voxels: Standard deviation of the Gaussian that weighs the surroundings, for each axis.
     """
     centred = values - _smooth(values, sigma_voxels)
-    contrast = np.sqrt(_smooth(np.square(centred), sigma_voxels))
-    return centred / (contrast + np.float32(LEAST_CONTRAST))
+    contrast = _smooth(np.square(centred), sigma_voxels)
+    np.sqrt(contrast, out=contrast)
+    contrast += LEAST_CONTRAST
+    return np.divide(centred, contrast, out=centred)
 
 
 def _standardise(values: Float[np.ndarray, "*s"]) -> Float[np.ndarray, "*s"]:
