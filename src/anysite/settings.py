@@ -317,7 +317,9 @@ class JudgeSettings(Settings):
     """What the verdict on a mask rests on; learned at the end of a training from source patients alone."""
 
     detectors: dict[str, dict[str, Any]] = Field(
-        default_factory=lambda: {"histogram": {}, "spectral": {}, "entropy": {}, "pairwise_dice": {}},
+        default_factory=lambda: {
+            name: {} for name in ("histogram", "spectral", "entropy", "pairwise_dice", "shape")
+        },
         description="detector name to its settings; empty: no verdicts",
     )
     cases: int = Field(

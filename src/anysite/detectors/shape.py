@@ -46,9 +46,11 @@ class Shape(Detector):
 
 def _describe(mask: np.ndarray) -> Vector:
     size = int(mask.sum())
-    pieces = np.zeros(mask.shape, np.int32)
-    count = int(ndimage.label(mask, output=pieces))  # pyright: ignore[reportArgumentType]
+    found = ndimage.find_objects(mask.astype(np.uint8))
+    box = mask[found[0]] if found else mask[:0]
+    pieces = np.zeros(box.shape, np.int32)
+    count = int(ndimage.label(box, output=pieces))  # pyright: ignore[reportArgumentType]
     largest = int(np.bincount(pieces.ravel())[1:].max()) if count else 0
-    inside = int(ndimage.binary_erosion(mask).sum())
+    inside = int(ndimage.binary_erosion(box).sum())
     share = largest / size if size else 1.0
     return np.log([(size + 1) / mask.size, count + 1, share, size - inside + 1])
