@@ -56,8 +56,15 @@ def main() -> None:
         for names in arguments.sets:
             for kind, counts in judge_masks(run, dataset, names.split(",")).items():
                 row = {"preset": run.manifest.get("preset"), "seed": run.config.seed, "train_domains": sites}
-                rows.append({**row, "detectors": names, "images": kind, **vars(counts)})
+                rows.append({**row, "detectors": names, "kind": kind, **vars(counts)})
                 print(json.dumps(rows[-1]), flush=True)
+    for names in arguments.sets:
+        for kind in ("known", "unseen"):
+            chosen = [row for row in rows if (row["detectors"], row["kind"]) == (names, kind)]
+            sums = {
+                key: sum(row[key] for row in chosen) for key in ("images", "failed", "accepted", "silent")
+            }
+            print(f"{names}, {kind}: {json.dumps(sums)}")
     content = {"commit": commit(), "dataset": dataset.name, "least_dice": LEAST_DICE, "rows": rows}
     arguments.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
