@@ -118,6 +118,21 @@ def test_every_detector_tells_one_kind_from_another(name: str, overlapping: bool
     assert restored.distance(vector) == detector.distance(vector)
 
 
+@pytest.mark.parametrize("size", [(30, 40), (12, 25, 18)])
+@pytest.mark.parametrize("level", [-9.0, 0.0, 0.15, 9.0])  # everything, much, pieces, nothing
+def test_the_shape_of_a_structure_is_that_of_its_pieces(
+    size: tuple[int, ...], level: float, rng: np.random.Generator
+) -> None:
+    mask = ndimage.gaussian_filter(rng.normal(size=size), 1.5) > level
+    pieces, count = ndimage.label(mask)  # pyright: ignore[reportGeneralTypeIssues]
+    sizes = [int((pieces == piece).sum()) for piece in range(1, count + 1)]
+    surface = int(mask.sum() - ndimage.binary_erosion(mask).sum())
+    share = max(sizes) / sum(sizes) if sizes else 1.0
+    expected = np.log([(mask.sum() + 1) / mask.size, count + 1, share, surface + 1])
+    output = Output(np.zeros((1, *size)), np.stack([1.0 - mask, mask]), False, ())
+    np.testing.assert_allclose(build("shape").describe(output), expected)
+
+
 @pytest.mark.parametrize("name", registry.DETECTORS)
 def test_leaving_one_out_is_fitting_on_the_other_patients(name: str, draw: Draw) -> None:
     detector, twin = build(name), build(name)
