@@ -115,6 +115,13 @@ def test_the_dice_model_is_least_squares_where_nothing_is_at_its_bound(rng: np.r
     np.testing.assert_array_equal(alone[:2], twin)
 
 
+def test_what_is_in_units_of_dice_is_taken_as_it_is() -> None:
+    scores = np.array([[-2.0, -2.0], [3.0, 3.0]])
+    np.testing.assert_allclose(quality.signs_of(scores), [[0, 0], [math.log(4), math.log(4)]])
+    found = quality.signs_of(scores, np.array([False, True]))
+    np.testing.assert_allclose(found, [[0, -2], [math.log(4), 3]])
+
+
 def test_the_combined_score_of_an_image_is_by_weights_without_its_patient(rng: np.random.Generator) -> None:
     signs, shifted = np.abs(rng.normal(size=(40, 2))), np.arange(40) % 2 > 0
     signs[shifted] += 1

@@ -76,7 +76,7 @@ class MaskJudge:
             )  # fmt: skip
         names = ["histogram", "shape"] + (["pairwise_dice"] if folders and members > 1 else [])
         if folders and all(_probabilities_of(folder, case.id) for folder in folders for case in cases):
-            names.append("entropy")
+            names += ["entropy", "soft_dice"]
         self.judge = Judge(
             JudgeSettings(detectors={name: {} for name in names}, false_alarms=false_alarms, shifted_copies=0)
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy import special
 
 from anysite import quality, registry
@@ -52,12 +52,15 @@ class Verdict:
         scores: Of every detector: 0 is the usual, 1 where a review begins; none where it is not finite.
         predicted_dice: Lower bound, expected value, upper bound; none where nothing is known, and of images
             unlike those that the prediction was learned from.
+        safe_dice: What can be counted on: the Dice that all but a stated share of masks like it reach; none where
+            no Dice is predicted.
     """
 
     decision: Decision
     reasons: tuple[str, ...]
     scores: dict[str, float | None]
     predicted_dice: tuple[float, float, float] | None = None
+    safe_dice: float | None = None
 
 
 class Judge:
@@ -69,6 +72,7 @@ class Judge:
         weights: Of every detector in the combined score, and what its sign takes from the expected Dice, after
             the Dice of an image without signs; empty where there were too few held-out patients.
         margins: How far below and above the expected Dice the true one lies.
+        risk_margin: How far below it the one that can be counted on lies.
 
     Raises:
         ConfigError: an unknown detector or setting.
@@ -84,6 +88,7 @@ class Judge:
         self.share_empty = 0.0
         self.weights: dict[str, np.ndarray] = {}
         self.margins = (-1.0, 1.0)
+        self.risk_margin = 0.0
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -156,7 +161,7 @@ class Judge:
 
         Args:
             output: Of the image.
-            least_dice: Where a lower Dice is to be expected the mask is sent to review.
+            least_dice: Where only a lower Dice can be counted on the mask is sent to review.
             image_alone: Leave out what speaks of the segmentation, and what rests on it: it is made in another way
                 than those that the limits were learned from.
         """
@@ -164,23 +169,29 @@ class Judge:
         scores = self._score(described)
         if image_alone:
             scores = {name: score for name, score in scores.items() if self.detectors[name].of_shift}
-        expected = None
+        expected = safe = None
         if self.weights and not image_alone and np.isfinite(list(scores.values())).all():
             # Of an image that fits into one window nothing tells whether windows agree: that counts as usual.
-            signs = quality.signs_of(np.array([scores.get(name, 0.0) for name in self.detectors]))
-            scores[COMBINED] = self._relative(COMBINED, float(signs @ self.weights[COMBINED]))
+            known = np.array([scores.get(name, 0.0) for name in self.detectors])
+            strangeness = float(quality.signs_of(known) @ self.weights[COMBINED])
+            scores[COMBINED] = self._relative(COMBINED, strangeness)
+            signs = quality.signs_of(known, self._in_dice)
             middle = float(quality.predict_dice(self.weights[QUALITY], signs[None])[0])
             scores[QUALITY] = self._relative(QUALITY, 1 - middle)
             if all(scores[name] <= 1 for name in self.shift_scores):
                 below, above = self.margins
                 expected = max(0.0, middle + below), middle, min(1.0, middle + above)
-        return decide(scores, self.reasons, self._is_odd(described), expected, least_dice)
+                safe = max(0.0, middle + self.risk_margin)
+        return decide(scores, self.reasons, self._is_odd(described), expected, safe, least_dice)
 
     def memory(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return arrays and facts that `recall` needs."""
         arrays = {f"{name}.{key}": a for name, d in self.detectors.items() for key, a in d.memory.items()}
         arrays |= {f"{name}.weights": array for name, array in self.weights.items()}
-        return arrays, {"limits": self.limits, "share_empty": self.share_empty, "margins": self.margins}
+        return arrays, {
+            "limits": self.limits, "share_empty": self.share_empty, "margins": self.margins,
+            "risk_margin": self.risk_margin,
+        }  # fmt: skip
 
     def recall(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
         """Take over what `memory` returned.
@@ -206,6 +217,13 @@ class Judge:
                 self.weights[name] = arrays[f"{name}.weights"]
         below, above = facts.get("margins", self.margins)
         self.margins = float(below), float(above)
+        self.risk_margin = float(
+            facts.get("risk_margin", self.risk_margin)
+        )  # none of runs of before it was learned
+
+    @property
+    def _in_dice(self) -> Bool[np.ndarray, " d"]:
+        return np.array([detector.in_dice for detector in self.detectors.values()], bool)
 
     def _score(self, described: Mapping[str, Vector]) -> dict[str, float]:
         scores = {}
@@ -218,19 +236,23 @@ class Judge:
 
     def _fit_joint_scores(self, held_out: Sequence[Reference], share: float) -> None:
         held_out = [r for r in held_out if all(name in r.vectors for name in self.detectors)]
-        signs = quality.signs_of(np.array([[*self._score(r.vectors).values()] for r in held_out]))
+        scores = np.array([[*self._score(reference.vectors).values()] for reference in held_out])
+        signs, doubts = quality.signs_of(scores), quality.signs_of(scores, self._in_dice)
         shifted = np.array([reference.shifted for reference in held_out])
         scored = np.array([reference.dice is not None for reference in held_out])
         patients = [reference.patient for reference in held_out if reference.dice is not None]
         dice = np.array([reference.dice for reference in held_out if reference.dice is not None])
         if len({*patients}) < LEAST or not (scored & ~shifted).any():
             return
-        expected = quality.expect_left_out(signs[scored], dice, patients)
-        below, above = quality.find_margins(dice - expected, patients, self.settings.coverage)
+        expected = quality.expect_left_out(doubts[scored], dice, patients)
+        errors = dice - expected
+        below, above = quality.find_margins(errors, patients, self.settings.coverage)
         self.margins = max(below, -1.0), min(above, 1.0)
+        # One tail of an interval has half of what it leaves out.
+        self.risk_margin = max(-1.0, quality.find_margins(errors, patients, 1 - 2 * self.settings.risk)[0])
         self.weights = {
             COMBINED: quality.fit_shift(signs, shifted),
-            QUALITY: quality.fit_dice(signs[scored], dice),
+            QUALITY: quality.fit_dice(doubts[scored], dice),
         }
         everyone = [reference.patient for reference in held_out]
         strangeness = quality.score_left_out(signs, shifted, everyone)
@@ -254,23 +276,24 @@ def decide(
     reasons: Mapping[str, str],
     empty: bool = False,
     predicted_dice: tuple[float, float, float] | None = None,
+    safe_dice: float | None = None,
     least_dice: float = 0.0,
 ) -> Verdict:
-    """Return the verdict from scores of which 1 begins a review and 3 a rejection, and from the Dice to expect.
+    """Return the verdict from scores of which 1 begins a review and 3 a rejection, and from the Dice to count on.
 
     A score that is not finite rejects: nothing can be said.
     """
     worst = {name: score if np.isfinite(score) else np.inf for name, score in scores.items()}
     flagged = sorted((name for name, score in worst.items() if score > 1), key=lambda name: -worst[name])
     stated = [EMPTY_REASON] if empty else []
-    if predicted_dice is not None and predicted_dice[1] < least_dice:
-        stated.append(f"a Dice of only {predicted_dice[1]:.2f} is to be expected")
+    if safe_dice is not None and safe_dice < least_dice:
+        stated.append(f"a Dice of only {safe_dice:.2f} can be counted on")
     stated += [reasons[name] for name in flagged]
     decision: Decision = "review" if stated else "accept"
     if any(score > REJECT for score in worst.values()):
         decision = "reject"
     kept = {name: float(score) if np.isfinite(score) else None for name, score in scores.items()}
-    return Verdict(decision, tuple(stated), kept, predicted_dice)
+    return Verdict(decision, tuple(stated), kept, predicted_dice, safe_dice)
 
 
 def average_verdicts(
@@ -283,7 +306,7 @@ def average_verdicts(
     """Return the verdict of several runs on one image, from the means of their scores, below 0 counted as 0.
 
     What they agree on needs no reference images: a review begins where their masks share less than the least Dice to
-    be expected (pairwise Dice; Zenk et al., 2025, https://arxiv.org/abs/2406.03323).
+    be had (pairwise Dice; Zenk et al., 2025, https://arxiv.org/abs/2406.03323).
 
     Args:
         verdicts: One a run that judges.
@@ -301,13 +324,14 @@ def average_verdicts(
         means[name] = float(np.mean([np.inf if value is None else max(value, 0.0) for value in values]))
     odd = empty and any(EMPTY_REASON in verdict.reasons for verdict in verdicts)
     known = [verdict.predicted_dice for verdict in verdicts if verdict.predicted_dice is not None]
-    expected = None
+    expected = safe = None
     if agreement is not None:
         means[ENSEMBLE] = (1 - agreement) / max(1 - least_dice, LEAST_DISAGREEMENT)
     if known and len(known) == len(verdicts):
         low, middle, high = np.mean(known, 0).tolist()
         expected = low, middle, high
-    return decide(means, {**reasons, ENSEMBLE: ENSEMBLE_REASON}, odd, expected, least_dice)
+        safe = float(np.mean([verdict.safe_dice for verdict in verdicts if verdict.safe_dice is not None]))
+    return decide(means, {**reasons, ENSEMBLE: ENSEMBLE_REASON}, odd, expected, safe, least_dice)
 
 
 def _find_limit(

@@ -159,7 +159,7 @@ def predict(
         format: Kind of the masks: "auto", "nifti", "dicom_seg" or "dicom_seg_labelmap".
         calibrate: Whether saved probabilities are scaled by the run's temperature.
         postprocess: Whether fragments are taken out of masks.
-        least_dice: A mask of which a lower Dice is to be expected is sent to review.
+        least_dice: A mask is sent to review where only a lower Dice can be counted on.
         task: Of runs trained on several datasets, the one that all images are like.
         adapt: Adapter of a copy of the network to each image, "auto" or "none"; NAME:always without checks.
         referral: Share of the cases that a person can look at, for the verdicts of all of them together.

@@ -14,9 +14,18 @@ Signs = Float[np.ndarray, "n d"]
 RIDGE = 1e-2  # keeps signs that say the same from cancelling each other
 
 
-def signs_of(scores: Float[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
-    """Return scores as both models take them: the usual and below as 0, and far beyond all limits not much more."""
-    return np.log1p(np.maximum(scores, 0))
+def signs_of(
+    scores: Float[np.ndarray, "*n d"], in_dice: Bool[np.ndarray, " d"] | None = None
+) -> Float[np.ndarray, "*n d"]:
+    """Return scores as the models take them: the usual and below as 0, and far beyond all limits not much more.
+
+    Args:
+        scores: Of detectors.
+        in_dice: Which of them are in units of Dice: those are taken as they are, since to lose less than usual says as
+            much of the Dice to expect as to lose more.
+    """
+    signs = np.log1p(np.maximum(scores, 0))
+    return signs if in_dice is None else np.where(in_dice, scores, signs)
 
 
 def fit_shift(signs: Signs, shifted: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " d"]:

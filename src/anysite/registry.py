@@ -54,6 +54,7 @@ DETECTORS = {
     "nearest": "anysite.detectors.nearest:Nearest",
     "entropy": "anysite.detectors.entropy:Entropy",
     "shape": "anysite.detectors.shape:Shape",
+    "soft_dice": "anysite.detectors.soft_dice:SoftDice",
     "pairwise_dice": "anysite.detectors.pairwise_dice:PairwiseDice",
 }
 

@@ -264,7 +264,7 @@ class PredictSettings(Settings):
         default=0.7,
         ge=0,
         le=1,
-        description="a mask of which a lower Dice is to be expected is sent to review",
+        description="a mask is sent to review where only a lower Dice can be counted on (judge.risk)",
     )
     task: str | None = Field(
         default=None,
@@ -318,7 +318,7 @@ class JudgeSettings(Settings):
 
     detectors: dict[str, dict[str, Any]] = Field(
         default_factory=lambda: {
-            name: {} for name in ("histogram", "spectral", "entropy", "pairwise_dice", "shape")
+            name: {} for name in ("histogram", "spectral", "entropy", "soft_dice", "pairwise_dice", "shape")
         },
         description="detector name to its settings; empty: no verdicts",
     )
@@ -342,6 +342,13 @@ class JudgeSettings(Settings):
     )
     coverage: float = Field(
         default=0.9, gt=0, lt=1, description="share of images whose Dice lies within the predicted interval"
+    )
+    risk: float = Field(
+        default=0.2,
+        gt=0,
+        le=0.5,
+        description="share of masks that may fall below the Dice that can be counted on, of which "
+        "predict.least_dice is the least",
     )
 
 

@@ -54,7 +54,7 @@ def predict(
         typer.Option(
             min=0,
             max=1,
-            help="review masks of which a lower Dice is to be expected; default: the run's setting",
+            help="review masks where only a lower Dice can be counted on; default: the run's setting",
         ),
     ] = None,
     task: Annotated[

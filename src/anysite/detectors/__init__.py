@@ -112,10 +112,12 @@ class Detector(ABC):
         reason: What a high distance means, in words for a reader of images.
         of_shift: Whether it speaks of the image; otherwise of the segmentation, whose values on images
             trained on are better than on any other.
+        in_dice: Whether the distance is what is lost of a Dice.
     """
 
     reason: ClassVar[str]
     of_shift: ClassVar[bool] = True
+    in_dice: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.memory: dict[str, np.ndarray] = {}

@@ -17,6 +17,7 @@ class PairwiseDice(Detector):
 
     reason = "seen otherwise (mirrored, or in another window), it is segmented differently"
     of_shift = False
+    in_dice = True
 
     def can_describe(self, output: Output) -> bool:
         """Tell whether there is more than one view."""

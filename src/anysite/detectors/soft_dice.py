@@ -1,0 +1,40 @@
+"""Soft Dice confidence: Borges, Machado Pacheco, Silva, 2024, https://arxiv.org/abs/2402.10665."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from anysite.detectors import Detector, Output, Vector, Vectors
+
+
+class SoftDice(Detector):
+    """How far the network's own probabilities put its mask below a Dice of 1.
+
+    Were they true and voxels independent, it would be close to the Dice to expect, and the best there is to sort masks
+    by. The paper has one structure; here it is the mean over those that were found, so that a small one counts as much
+    as a large one, which it does not in the mean entropy.
+    """
+
+    reason = (
+        "by its own probabilities the network has missed more, or found too much, than on images it knows"
+    )
+    of_shift = False
+    in_dice = True
+
+    def describe(self, output: Output) -> Vector:
+        """Return 1 minus the mean soft Dice of the structures found; 0 where nothing was."""
+        chances = output.probabilities if output.overlapping else output.probabilities[1:]
+        lost = []
+        for chance, mask in zip(chances, output.masks, strict=True):
+            if mask.any():
+                shared = float(chance[mask].sum(dtype=np.float64))
+                total = float(chance.sum(dtype=np.float64)) + np.count_nonzero(mask)
+                lost.append(1 - 2 * shared / total)
+        return np.array([np.mean(lost) if lost else 0.0])
+
+    def fit(self, vectors: Vectors) -> None:
+        """Learn nothing: the network's own doubt needs no reference."""
+
+    def distance(self, vector: Vector) -> float:
+        """Return what is lost."""
+        return float(vector[0])
