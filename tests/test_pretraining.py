@@ -232,6 +232,20 @@ def test_a_training_hands_on_all_that_fits(phantom: Dataset, tmp_path: Path) -> 
     assert set(result.skipped.values()) == {"of another shape"}
 
 
+def test_weights_for_images_normalised_otherwise_come_with_a_warning(
+    phantom: Dataset, tmp_path: Path
+) -> None:
+    run = train(phantom, pretraining("train.steps=1"), tmp_path / "run")
+    for kind, told in (("local", True), ("case", False)):
+        notes: list[str] = []
+        config = small_config(f"pretrained={run.path}", "train.steps=1", f"plan.normalisation={kind}")
+        train(
+            phantom, config, tmp_path / kind, on_progress=lambda progress, to=notes: to.append(progress.note)
+        )
+        said = [note for note in notes if "normalised by case, these are by local" in note]
+        assert bool(said) == told
+
+
 def test_other_channels_take_the_mean_filter(phantom: Dataset, tmp_path: Path) -> None:
     run = train(phantom, pretraining("train.steps=1"), tmp_path / "run")
     colour = build_network(small_config(), run.plan.model_copy(update={"channels": 3}))

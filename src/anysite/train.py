@@ -32,7 +32,14 @@ from anysite.planning import learn_plan
 from anysite.settings import PretrainSettings
 from anysite.sides import find_mirrored_sides
 from anysite.splits import Splits, split
-from anysite.transfer import cases_seen, locate_start, open_start, require_unseen, transfer
+from anysite.transfer import (
+    cases_seen,
+    compare_intensities,
+    locate_start,
+    open_start,
+    require_unseen,
+    transfer,
+)
 
 
 def train(
@@ -140,7 +147,7 @@ def _start(job: _Job) -> None:
     learner = build_learner(job.config, plan, domains)  # so that a wrong setting leaves no run folder behind
     choose_flip_axes(job.config.augment, plan.dimension)
     choose_batch_size(job.config.train, plan)
-    _check_start(job, splits, learner.network)
+    _check_start(job, splits, learner.network, plan)
     Judge(job.config.judge)  # as above
     facts = {
         "kind": "pretraining" if job.dataset.unlabelled else "segmentation",
@@ -219,7 +226,7 @@ def _fit(fabric: Fabric, job: _Job) -> None:
     fabric.barrier()
 
 
-def _check_start(job: _Job, splits: Splits, network: Network) -> None:
+def _check_start(job: _Job, splits: Splits, network: Network, plan: Plan) -> None:
     """Find out before anything is written whether the weights to start from exist, fit and may be used.
 
     Raises:
@@ -239,6 +246,8 @@ def _check_start(job: _Job, splits: Splits, network: Network) -> None:
             raise ConfigError("both pretrained and pretrain.objectives", expected="one of the two")
         run = open_start(config.pretrained, job.output)
         transfer(run, network)
+        if mismatch := compare_intensities(run.plan, plan):
+            job.warn(mismatch)
         if doubtful := require_unseen(run, job.dataset, splits):
             job.warn(
                 f"{run.path.name} learned from another dataset in which {len(doubtful)} cases have the ids of cases "

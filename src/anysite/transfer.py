@@ -102,6 +102,17 @@ def transfer(run: runs.Run, network: Network) -> Transfer:
     return result
 
 
+def compare_intensities(theirs: Plan, ours: Plan) -> str:
+    """Return how images that weights come from are normalised otherwise than those to come; empty where alike."""
+    then, now = (sorted({one.kind for one in plan.normalisation}) for plan in (theirs, ours))
+    if then == now:
+        return ""
+    return (
+        f"pretrained: its images were normalised by {' and '.join(then)}, these are by {' and '.join(now)}, so that "
+        f"its weights fit less well; --set plan.normalisation={then[0]} would be as there"
+    )
+
+
 def cases_seen(run: runs.Run) -> dict[str, set[str]]:
     """Return the ids of all cases that a run learned from, by dataset, with those of the runs it started from."""
     started_from = run.manifest.get("started_from", {})
