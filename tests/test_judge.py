@@ -26,6 +26,7 @@ from anysite.detectors import Agreement, Detector, Layer, Output, add_layers
 from anysite.detectors.mahalanobis import learn_components, measure
 from anysite.detectors.spectral import signature, split_signatures
 from anysite.errors import ConfigError, FileFormatError, RunError
+from anysite.intensities import measure_shares
 from anysite.judge import (
     COMBINED,
     EMPTY_REASON,
@@ -220,6 +221,20 @@ def test_of_chances_that_are_true_soft_dice_is_the_dice_to_expect(
     truths = rng.uniform(size=(400, 60, 60)) < chance
     dice = [2 * (mask & truth).sum() / (mask.sum() + truth.sum()) for truth in truths]
     assert 1 - detector.distance(detector.describe(output)) == pytest.approx(np.mean(dice), abs=0.003)
+
+
+def test_the_histogram_compares_intensities_before_those_around_have_a_say(
+    draw: Draw, rng: np.random.Generator
+) -> None:
+    """What normalisation by surroundings makes alike is told by; what the network sees is what adapters restore."""
+    histogram = build("histogram")
+    evened = rng.normal(size=(1, 24, 24))
+    usual = [replace(draw(), image=evened, whole=draw().image) for _ in range(12)]
+    histogram.fit(np.stack([histogram.describe(output) for output in usual]))
+    near = [histogram.distance(histogram.describe(output)) for output in usual]
+    far = histogram.distance(histogram.describe(replace(draw(), image=evened, whole=draw(1).image)))
+    assert far > 2 * max(near)
+    assert histogram.usual_intensities == pytest.approx(measure_shares(evened, histogram.bins))
 
 
 def test_entropy_inside_leaves_out_borders(draw: Draw) -> None:

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from anysite.normalisation import LEAST_CONTRAST, Normalisation, even_out, normalise
+from anysite.normalisation import (
+    LEAST_CONTRAST,
+    Normalisation,
+    compare_to_surroundings,
+    even_out,
+    normalise_as_a_whole,
+)
+
+
+def normalise(channel: np.ndarray, normalisation: Normalisation) -> np.ndarray:
+    return compare_to_surroundings(normalise_as_a_whole(channel, normalisation), normalisation)
 
 
 def textured(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

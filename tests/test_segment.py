@@ -74,8 +74,8 @@ def test_members_of_one_plan_share_the_image_on_its_grid(
     members: list[Run], image: Volume, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Plan] = []
-    to_grid = Plan.to_grid
-    monkeypatch.setattr(Plan, "to_grid", lambda plan, image: made.append(plan) or to_grid(plan, image))
+    to_grids = Plan.to_grids
+    monkeypatch.setattr(Plan, "to_grids", lambda plan, image: made.append(plan) or to_grids(plan, image))
     Segmenter(members, EXACT, "cpu").segment(image)
     assert made == [members[0].plan, members[2].plan]
 

@@ -37,8 +37,10 @@ class Normalisation(BaseModel):
     sigma_voxels: tuple[float, ...] = ()
 
 
-def normalise(channel: Float[np.ndarray, "*s"], normalisation: Normalisation) -> Float[np.ndarray, "*s"]:
-    """Return one channel of an image on the plan's grid, normalised."""
+def normalise_as_a_whole(
+    channel: Float[np.ndarray, "*s"], normalisation: Normalisation
+) -> Float[np.ndarray, "*s"]:
+    """Return one channel of an image on the plan's grid, normalised alike everywhere: of "local" what comes first."""
     if normalisation.kind == "none":
         return channel
     if normalisation.kind == "dataset":
@@ -48,10 +50,16 @@ def normalise(channel: Float[np.ndarray, "*s"], normalisation: Normalisation) ->
     low, high = np.percentile(channel, CLIP_PERCENTILES)
     # Where nearly every voxel has one value, clipping would leave nothing of the rest.
     clipped = np.clip(channel, low, high) if low < high else channel
-    standard = _standardise(clipped)
-    if normalisation.kind == "local":
-        return _standardise(even_out(standard, normalisation.sigma_voxels))
-    return standard
+    return _standardise(clipped)
+
+
+def compare_to_surroundings(
+    channel: Float[np.ndarray, "*s"], normalisation: Normalisation
+) -> Float[np.ndarray, "*s"]:
+    """Return a channel that is normalised as a whole, of "local" by each voxel's surroundings too."""
+    if normalisation.kind != "local":
+        return channel
+    return _standardise(even_out(channel, normalisation.sigma_voxels))
 
 
 def even_out(values: Float[np.ndarray, "*s"], sigma_voxels: tuple[float, ...]) -> Float[np.ndarray, "*s"]:

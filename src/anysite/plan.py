@@ -16,7 +16,7 @@ from anysite.calibration import find_likeliest
 from anysite.data.limits import HOUNSFIELD_BELOW
 from anysite.data.volume import Volume, interpolation_matrix
 from anysite.errors import ConfigError, GeometryError
-from anysite.normalisation import Normalisation, normalise
+from anysite.normalisation import Normalisation, compare_to_surroundings, normalise_as_a_whole
 
 HIDDEN = -1e4  # a logit of no probability
 
@@ -117,10 +117,16 @@ class Plan(BaseModel):
 
     def to_grid(self, image: Volume) -> Float[Tensor, "c *s"]:
         """Return the image on the plan's grid, normalised, slice axis first."""
+        return self.to_grids(image)[0]
+
+    def to_grids(self, image: Volume) -> tuple[Float[Tensor, "c *s"], Float[Tensor, "c *s"] | None]:
+        """Return the same as `to_grid`, and as it was before surroundings had a say; none where they have none."""
         array = self.on_grid(image).array.astype(np.float32)
         normalisation = self.variant_of(image).normalisation
-        channels = [normalise(a, n) for a, n in zip(array, normalisation, strict=True)]
-        return torch.from_numpy(np.stack(channels))
+        whole = [normalise_as_a_whole(a, n) for a, n in zip(array, normalisation, strict=True)]
+        grid = [compare_to_surroundings(a, n) for a, n in zip(whole, normalisation, strict=True)]
+        local = any(n.kind == "local" for n in normalisation)
+        return torch.from_numpy(np.stack(grid)), torch.from_numpy(np.stack(whole)) if local else None
 
     def for_task(self, name: str, unknown: Literal["background", "left_out"] = "background") -> Plan:
         """Return the plan for images that are known to be like those of one of several datasets.

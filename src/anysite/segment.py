@@ -110,9 +110,11 @@ class Segmenter:
         native = image.without_voxels()
         grids = _to_grids(image, [member.plan for member in self.members])
         del image  # a large one would lie beside all that follows
-        for grid, member, judge, adapter in zip(grids, self.members, self.judges, self.adapters, strict=True):
+        for (grid, whole), member, judge, adapter in zip(
+            grids, self.members, self.judges, self.adapters, strict=True
+        ):
             watch = judge is not None or adapter is not None
-            before = after = self._predict(grid, member, watch=watch)
+            before = after = self._predict(grid, member, watch=watch, whole=whole)
             verdict = None
             if judge is not None:
                 image_alone = not segments_as_judged(member.config, member.plan, self.settings)
@@ -149,7 +151,8 @@ class Segmenter:
             flips: Whether to average over mirrored views; none: as prediction does.
         """
         member = self.members[0]
-        return self._predict(member.plan.to_grid(image), member, watch=True, flips=flips)
+        grid, whole = member.plan.to_grids(image)
+        return self._predict(grid, member, watch=True, flips=flips, whole=whole)
 
     def label_of(self, output: Output, image: Volume) -> Volume:
         """Return the label map on an image's own grid that an output of the first run's network means."""
@@ -249,8 +252,9 @@ class Segmenter:
         return [torch.from_numpy(output.probabilities) for output in outputs]
 
     def _predict(
-        self, image: Float[Tensor, "c *s"], member: _Member, *, watch: bool, flips: bool | None = None
-    ) -> Output:
+        self, image: Float[Tensor, "c *s"], member: _Member, *, watch: bool, flips: bool | None = None,
+        whole: Float[Tensor, "c *s"] | None = None,
+    ) -> Output:  # fmt: skip
         """Return the merged probabilities of all windows, and with `watch` the sums over the encoder's layers."""
         network, plan = member.network, member.plan
         mirrored = self.settings.flips if flips is None else flips
@@ -293,7 +297,10 @@ class Segmenter:
                 image.to(self.device), predict, plan, self.settings.overlap, self.settings.batch_size,
                 compare_windows if other_views else None,
             )  # fmt: skip
-        return Output(image.cpu().numpy(), probabilities.cpu().numpy(), bool(plan.regions), layers, agreement)
+        return Output(
+            image.cpu().numpy(), probabilities.cpu().numpy(), bool(plan.regions), layers, agreement,
+            None if whole is None else whole.numpy(),
+        )  # fmt: skip
 
 
 def _before_and_after(before: dict[str, Tensor], after: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -317,17 +324,19 @@ def _choose_plan(run: Run, task: str | None) -> Plan:
     return run.plan.for_task(task, unknown) if task else run.plan.model_copy(update={"unknown": unknown})
 
 
-def _to_grids(image: Volume, plans: Sequence[Plan]) -> Iterator[Float[Tensor, "c *s"]]:
-    """Yield the image on every plan's grid, made once for equal plans in a row.
+def _to_grids(
+    image: Volume, plans: Sequence[Plan]
+) -> Iterator[tuple[Float[Tensor, "c *s"], Float[Tensor, "c *s"] | None]]:
+    """Yield the image on every plan's grid, and as it was before surroundings had a say, once for equal plans in a row.
 
     Neither it nor the voxels of the image are kept for longer than something needs them.
     """
     *others, (last, count) = [(plan, len(list(group))) for plan, group in itertools.groupby(plans)]
     for plan, times in others:
-        yield from itertools.repeat(plan.to_grid(image), times)
-    grid = last.to_grid(image)
+        yield from itertools.repeat(plan.to_grids(image), times)
+    grids = last.to_grids(image)
     del image
-    yield from itertools.repeat(grid, count)
+    yield from itertools.repeat(grids, count)
 
 
 def choose_windows(

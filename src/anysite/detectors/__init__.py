@@ -71,6 +71,8 @@ class Output:
         layers: Of the encoder, bottleneck last.
         agreement: Of the segmentations of mirrored views, or, without them, of windows that overlap; none where one
             view of one window saw it all.
+        whole: Intensities normalised alike everywhere, where `image` is normalised by each voxel's surroundings, which
+            takes away much of what scanners differ in.
     """
 
     image: Float[np.ndarray, "c *s"]
@@ -78,6 +80,7 @@ class Output:
     overlapping: bool
     layers: tuple[Layer, ...]
     agreement: Agreement | None = None
+    whole: Float[np.ndarray, "c *s"] | None = None
 
     @cached_property
     def label(self) -> Integer[np.ndarray, "*s"]:

@@ -33,19 +33,24 @@ class Histogram(Detector):
         self.bins, self.variance = bins, variance
 
     def describe(self, output: Output) -> Vector:
-        """Return the square roots of the shares of every bin, channel after channel."""
-        return np.sqrt(measure_shares(output.image, self.bins).ravel())
+        """Return the square roots of the shares of every bin, channel after channel, twice.
+
+        First of intensities normalised alike everywhere, which are compared, then of those that the network sees.
+        """
+        compared = output.image if output.whole is None else output.whole
+        return np.sqrt([measure_shares(one, self.bins) for one in (compared, output.image)]).ravel()
 
     @property
     def usual_intensities(self) -> Float[np.ndarray, "c k"] | None:
-        """The shares of every bin in training images on average; none of a run of before they were kept."""
+        """What the network sees: shares of every bin in training images; none of a run of before they were kept."""
         shares = self.memory.get("shares")
         return None if shares is None else shares.reshape(-1, self.bins)
 
     def fit(self, vectors: Vectors) -> None:
         """Learn the principal components of training histograms, and what they are on average."""
-        self.memory = learn_components(vectors, self.variance) | {"shares": np.square(vectors).mean(0)}
+        compared, seen = np.split(vectors, 2, axis=1)
+        self.memory = learn_components(compared, self.variance) | {"shares": np.square(seen).mean(0)}
 
     def distance(self, vector: Vector) -> float:
         """Return the distance over the components and beyond them."""
-        return measure(vector, self.memory)
+        return measure(np.split(vector, 2)[0], self.memory)
