@@ -455,7 +455,7 @@ def test_a_plan_learns_how_far_surroundings_reach(
     own = np.multiply(shape, spacing)[["RAS".index(a) for a in learned.axes]]
     assert sigma_mm[-1] == pytest.approx(LOCAL_SHARE * own[-2:].min(), abs=0.01)
     assert sorted(one.sigma_voxels) == pytest.approx(sorted(expected), abs=0.01)
-    assert "channel 0 normalised by local: no common intensity scale" in learned.reasons
+    assert "channel 0 normalised by case, then locally: no common intensity scale" in learned.reasons
 
 
 def test_hounsfield_units_keep_their_meaning(tmp_path: Path) -> None:

@@ -308,7 +308,8 @@ def _choose_normalisation(
             why = (
                 "values below -500 look like Hounsfield units" if hounsfield else "no common intensity scale"
             )
-            reasons.append(f"channel {channel} normalised by {kind}: {why}")
+            how = {"case": "by case", "dataset": "by dataset", "local": "by case, then locally"}[kind]
+            reasons.append(f"channel {channel} normalised {how}: {why}")
         values = foreground[channel]
         low, high = (float(v) for v in np.percentile(values, CLIP_PERCENTILES))
         clipped = np.clip(values, low, high)

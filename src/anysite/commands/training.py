@@ -53,7 +53,7 @@ def pretrain(
     ],
     output: RunOutput,
     method: Annotated[str, typer.Option(help="an objective that needs no labels")] = "tile_autoencoder",
-    preset: Preset = "baseline",
+    preset: Preset = "robust",
     set_: Overrides = None,
     test_domain: TestDomains = None,
     seed: Seed = None,

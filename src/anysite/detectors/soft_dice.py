@@ -15,9 +15,7 @@ class SoftDice(Detector):
     as a large one, which it does not in the mean entropy.
     """
 
-    reason = (
-        "by its own probabilities the network has missed more, or found too much, than on images it knows"
-    )
+    reason = "the network's own probabilities speak for a lower Dice than on images it knows"
     of_shift = False
     in_dice = True
 
