@@ -37,8 +37,9 @@ class Histogram(Detector):
 
         First of intensities normalised alike everywhere, which are compared, then of those that the network sees.
         """
-        compared = output.image if output.whole is None else output.whole
-        return np.sqrt([measure_shares(one, self.bins) for one in (compared, output.image)]).ravel()
+        seen = measure_shares(output.image, self.bins)
+        compared = seen if output.whole is None else measure_shares(output.whole, self.bins)
+        return np.sqrt([compared, seen]).ravel()
 
     @property
     def usual_intensities(self) -> Float[np.ndarray, "c k"] | None:

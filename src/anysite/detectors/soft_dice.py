@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy import ndimage
 
 from anysite.detectors import Detector, Output, Vector, Vectors
 
@@ -22,12 +23,13 @@ class SoftDice(Detector):
     def describe(self, output: Output) -> Vector:
         """Return 1 minus the mean soft Dice of the structures found; 0 where nothing was."""
         chances = output.probabilities if output.overlapping else output.probabilities[1:]
+        (box,) = ndimage.find_objects(output.foreground.astype(np.uint8)) or [None]
         lost = []
-        for chance, mask in zip(chances, output.masks, strict=True):
-            if mask.any():
-                shared = float(chance[mask].sum(dtype=np.float64))
-                total = float(chance.sum(dtype=np.float64)) + np.count_nonzero(mask)
-                lost.append(1 - 2 * shared / total)
+        for index, chance in enumerate(chances, start=1) if box else ():
+            inside = chance[box]
+            found = inside[inside > 0.5 if output.overlapping else output.label[box] == index]
+            if found.size:
+                lost.append(1 - 2 * float(found.sum()) / (float(chance.sum()) + found.size))
         return np.array([np.mean(lost) if lost else 0.0])
 
     def fit(self, vectors: Vectors) -> None:
