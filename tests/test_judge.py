@@ -498,6 +498,13 @@ def test_a_judge_is_the_same_after_storing(draw: Draw, tmp_path: Path) -> None:
     again.recall({name: t.numpy() for name, t in tensors.items()}, read)
     for output in (draw(), draw(1)):
         assert again.judge(output) == judge.judge(output)
+    before = Judge(settings)  # of a run of before, whose weights are for signs that are all clipped
+    before.recall(
+        {name: t.numpy() for name, t in tensors.items()},
+        {k: v for k, v in read.items() if k != "risk_margin"},
+    )
+    assert before.risk_margin == 0
+    assert not before._in_dice.any()
 
 
 @pytest.fixture(scope="module")

@@ -89,6 +89,7 @@ class Judge:
         self.weights: dict[str, np.ndarray] = {}
         self.margins = (-1.0, 1.0)
         self.risk_margin = 0.0
+        self._takes_dice_as_it_is = True
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -217,13 +218,14 @@ class Judge:
                 self.weights[name] = arrays[f"{name}.weights"]
         below, above = facts.get("margins", self.margins)
         self.margins = float(below), float(above)
-        self.risk_margin = float(
-            facts.get("risk_margin", self.risk_margin)
-        )  # none of runs of before it was learned
+        # Runs of before it was learned have weights for signs that are all clipped.
+        self._takes_dice_as_it_is = "risk_margin" in facts
+        self.risk_margin = float(facts.get("risk_margin", self.risk_margin))
 
     @property
     def _in_dice(self) -> Bool[np.ndarray, " d"]:
-        return np.array([detector.in_dice for detector in self.detectors.values()], bool)
+        in_dice = [detector.in_dice for detector in self.detectors.values()]
+        return np.array(in_dice, bool) & self._takes_dice_as_it_is
 
     def _score(self, described: Mapping[str, Vector]) -> dict[str, float]:
         scores = {}
