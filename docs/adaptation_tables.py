@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 
 from evidence_page import RESULTS, between_markers, describe_origin, read_index, read_results
 
@@ -33,9 +34,7 @@ def write_adaptation_glance(text: str) -> str:
     for name, entry in read_index().items():
         if "glance" not in entry or not (RESULTS / name).is_file():
             continue
-        rows = list(read_results(name))
-        rows += let_the_gate_decide(rows, AdaptSettings().least_doubt) if "gate" in entry else []
-        for result in describe_adaptations(rows):
+        for result in _read_adaptations(name, entry.get("gate", "")):
             adapter, _, gate = result.adapter.partition(" ")
             if adapter in GLANCED and (gate == GATE) == ("gate" in entry):
                 gains = {gain.kind: gain for gain in result.gains}
@@ -54,10 +53,7 @@ def write_adaptation_tables(text: str) -> str:
     for name, entry in read_index().items():
         if "adaptation" not in entry or not (RESULTS / name).is_file():
             continue
-        rows = list(read_results(name))
-        for least_doubt in entry.get("gate", "").split():
-            rows += let_the_gate_decide(rows, float(least_doubt))
-        results = describe_adaptations(rows)
+        results = _read_adaptations(name, entry.get("gate", ""))
         for method in dict.fromkeys(result.method for result in results):
             lines += [f"**{entry['title']}, trained by `{method}`**", ""]
             chosen = [result for result in results if result.method == method]
@@ -69,6 +65,15 @@ def write_adaptation_tables(text: str) -> str:
             lines.append("")
         lines += describe_origin(name, entry)
     return between_markers(text, lines)
+
+
+@cache
+def _read_adaptations(name: str, gates: str) -> tuple[AdaptationResult, ...]:
+    """Return what every adapter did in a file of rows, and what it would have done behind gates of these doubts."""
+    rows = list(read_results(name))
+    for least_doubt in gates.split():
+        rows += let_the_gate_decide(rows, float(least_doubt))
+    return describe_adaptations(rows)
 
 
 def let_the_gate_decide(rows: Sequence[Row], least_doubt: float) -> list[Row]:

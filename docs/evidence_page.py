@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def describe_evidence() -> str:
     lines = [INTRODUCTION]
     heads = {RECIPE: "What the default closes of the gap", FORMER: "Without local normalisation"}
     for recipe, head in heads.items():
-        lines += [f"## {head}", "", *recipe_table(index, recipe), "", *_describe_share(index, recipe)]
+        lines += [f"## {head}", "", *recipe_table(recipe), "", *_describe_share(recipe)]
     lines += ["## The gap of the baseline", "", *baseline_table(index), ""]
     for page, entries in _comparisons(index).items():
         lines += [f"## Compared: [{page}](methods/{page}.md)", "", *comparison_tables(entries)]
@@ -90,7 +89,7 @@ def describe_evidence() -> str:
 
 def write_readme_table(readme: str) -> str:
     """Return the README's text with its results table written anew."""
-    return between_markers(readme, recipe_table(read_index()))
+    return between_markers(readme, recipe_table())
 
 
 def write_method_table(page: str, text: str) -> str:
@@ -100,19 +99,19 @@ def write_method_table(page: str, text: str) -> str:
     return between_markers(text, comparison_tables(_comparisons(read_index()).get(page, {})))
 
 
-def recipe_table(index: dict[str, dict[str, str]], recipe: str = RECIPE) -> list[str]:
+def recipe_table(recipe: str = RECIPE) -> list[str]:
     """Return, for every file that measures a recipe and set of training sites, what it gains and closes."""
     lines = [head.format(recipe) for head in RECIPE_HEADER]
-    for title, trained_on, base, found in _compare_recipe(index, recipe):
+    for title, trained_on, base, found in _compare_recipe(recipe):
         lines.append(_describe_recipe(title, trained_on, base, found))
     return lines
 
 
-def _compare_recipe(
-    index: dict[str, dict[str, str]], recipe: str
-) -> Iterator[tuple[str, str, MethodSummary, MethodSummary]]:
-    """Yield the task, the training sites, and what baseline and recipe reach."""
-    for name, entry in index.items():
+@cache
+def _compare_recipe(recipe: str) -> tuple[tuple[str, str, MethodSummary, MethodSummary], ...]:
+    """Return the task, the training sites, and what baseline and recipe reach, of every file that measures it."""
+    compared: list[tuple[str, str, MethodSummary, MethodSummary]] = []
+    for name, entry in read_index().items():
         if "recipe" not in entry or not (RESULTS / name).is_file():
             continue
         rows = [row for row in read_results(name) if is_clean(row)]
@@ -121,13 +120,14 @@ def _compare_recipe(
             if recipe in methods and "baseline" in methods:
                 chosen = {method: methods[method] for method in ("baseline", recipe)}
                 base, found = summarise_methods(chosen, "baseline")
-                yield entry["recipe"], ", ".join(sites), base, found
+                compared.append((entry["recipe"], ", ".join(sites), base, found))
+    return tuple(compared)
 
 
-def _describe_share(index: dict[str, dict[str, str]], recipe: str) -> list[str]:
+def _describe_share(recipe: str) -> list[str]:
     """Return a sentence on the share of the gap that a recipe closes, for each task and in the mean over tasks."""
     gains: dict[str, list[tuple[float, float]]] = {}
-    for title, _, base, found in _compare_recipe(index, recipe):
+    for title, _, base, found in _compare_recipe(recipe):
         if found.comparison is not None and base.gap is not None:
             gains.setdefault(title, []).append((found.comparison.difference.mean, base.gap))
     shares = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cache
 
 from evidence_page import RESULTS, between_markers, describe_origin, read_index, read_results
 
@@ -55,8 +55,10 @@ def write_judging_tables(text: str) -> str:
     return between_markers(text, lines)
 
 
-def _read_judgements() -> Iterator[tuple[str, dict[str, str], list[Judgement]]]:
-    """Yield the name and entry of every file with verdicts, and what its rows say, a dataset each."""
+@cache
+def _read_judgements() -> tuple[tuple[str, dict[str, str], list[Judgement]], ...]:
+    """Return the name and entry of every file with verdicts, and what its rows say, a dataset each."""
+    found: list[tuple[str, dict[str, str], list[Judgement]]] = []
     for name, entry in read_index().items():
         if "judging" not in entry or not (RESULTS / name).is_file():
             continue
@@ -66,7 +68,8 @@ def _read_judgements() -> Iterator[tuple[str, dict[str, str], list[Judgement]]]:
             judgement = describe_judgement(dataset, [row for row in rows if row.dataset == dataset])
             assert judgement is not None, f"{name} holds no verdicts"
             judgements.append(judgement)
-        yield name, entry, judgements
+        found.append((name, entry, judgements))
+    return tuple(found)
 
 
 def _describe(judgement: Judgement) -> list[str]:

@@ -63,7 +63,7 @@ def describe_adaptations(rows: Sequence[Row]) -> tuple[AdaptationResult, ...]:
     """Return what every adapter did, compared image by image with none by the same run."""
     found: dict[tuple[str, str, str], dict[Key, _Image]] = defaultdict(dict)
     for row in rows:
-        if not row.case or row.split not in ("unseen", "in_domain"):
+        if not row.case or row.split not in ("unseen", "in_domain") or row.metric not in ("dice", ADAPTED):
             continue
         kind = row.split if is_clean(row) else "corrupted"
         run = (row.dataset, row.seed, row.train_domains, row.labels, row.overrides)

@@ -5,11 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from anysite import atomic
 from anysite.errors import DataError, FileFormatError, describe_invalid
@@ -52,7 +61,7 @@ class Row(BaseModel):
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):
-            value = split_sites(value)
+            return _sites_of(value)
         return tuple(sorted(value)) if isinstance(value, list) else value or ()
 
     @field_validator("value")
@@ -60,16 +69,23 @@ class Row(BaseModel):
     def _finite(cls, value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None
 
-    @field_validator("*", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _null_is_empty(cls, value: Any, info: Any) -> Any:
+    def _null_is_empty(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or None not in content.values():
+            return content
         kept = ("value", "train_domains", "judge_learned")
-        return "" if value is None and info.field_name not in kept else value
+        return {name: "" if value is None and name not in kept else value for name, value in content.items()}
 
     @property
     def key(self) -> tuple[object, ...]:
         """What makes two rows measurements of the same thing, of which the later one counts."""
         return _MEASURED(self)
+
+
+@cache
+def _sites_of(text: str) -> tuple[str, ...]:
+    return tuple(sorted(split_sites(text)))
 
 
 _MEASURED = attrgetter(
