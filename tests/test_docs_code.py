@@ -263,7 +263,7 @@ def test_the_verdict_of_the_judging_page_is_one() -> None:
     (text,) = blocks_of("judging.md", "json")
     for verdict in json.loads(text)["cases"].values():
         assert verdict["verdict"] in DECISIONS
-        assert {"verdict", "reasons", "predicted_dice", "scores"} == verdict.keys()
+        assert {"verdict", "reasons", "predicted_dice", "scores", "least_dice"} == verdict.keys()
         detectors = [registry.find("detector", name) for name in verdict["scores"]]
         assert set(verdict["reasons"]) <= {detector.reason for detector in detectors}
 

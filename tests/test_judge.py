@@ -529,6 +529,7 @@ def test_from_training_to_verdicts_beside_the_masks(sites: Dataset, run: Run, tm
     assert [o.verdict for o in outcomes] == [verdicts[o.case.id]["verdict"] for o in outcomes]
     assert all(set(v["scores"]) == set(run.config.judge.detectors) for v in verdicts.values())
     assert all(v["reasons"] or v["verdict"] == "accept" for v in verdicts.values())
+    assert {v["least_dice"] for v in verdicts.values()} == {run.config.predict.least_dice}
     accepted = sum(v["verdict"] == "accept" for v in verdicts.values())
     assert accepted >= len(held_out) - 1  # the limits are those of these very cases
     with (tmp_path / "verdicts.csv").open() as file:

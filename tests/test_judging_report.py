@@ -87,6 +87,16 @@ def test_what_the_section_says_is_what_the_rows_say() -> None:
     assert (passed["other"].silent, passed["other"].refused) == (1, 1)
 
 
+def test_a_mask_failed_below_the_dice_that_was_asked_for() -> None:
+    asked = [row("least_dice", 0.82, name) for name in "1234"]
+    judgement = describe_judgement("baseline", [*HELD_OUT, *UNSEEN, *asked])
+    assert judgement is not None
+    passed = {group.kind: group for group in judgement.passed}
+    assert (passed["in_domain"].failed, passed["in_domain"].silent) == (2, 2)  # 0.8 and 0.6; 0.85 is enough
+    assert passed["unseen"].failed == 2
+    assert is_judgement("least_dice")
+
+
 def test_an_image_without_a_score_counts_as_the_strangest() -> None:
     judged = describe_judgement("m", [*HELD_OUT, *UNSEEN])
     lacking = [r for r in (*HELD_OUT, *UNSEEN) if (r.metric, r.case) != ("score_b", "1")]

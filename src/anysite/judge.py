@@ -54,6 +54,7 @@ class Verdict:
             unlike those that the prediction was learned from.
         safe_dice: What can be counted on: the Dice that all but a stated share of masks like it reach; none where
             no Dice is predicted.
+        least_dice: The Dice that was asked for, 0 where none was.
     """
 
     decision: Decision
@@ -61,6 +62,7 @@ class Verdict:
     scores: dict[str, float | None]
     predicted_dice: tuple[float, float, float] | None = None
     safe_dice: float | None = None
+    least_dice: float = 0.0
 
 
 class Judge:
@@ -295,7 +297,7 @@ def decide(
     if any(score > REJECT for score in worst.values()):
         decision = "reject"
     kept = {name: float(score) if np.isfinite(score) else None for name, score in scores.items()}
-    return Verdict(decision, tuple(stated), kept, predicted_dice, safe_dice)
+    return Verdict(decision, tuple(stated), kept, predicted_dice, safe_dice, least_dice)
 
 
 def average_verdicts(

@@ -17,6 +17,8 @@ ADAPTED = "adapted"  # rows of whether a mask is that of an adapted network, 0 o
 UNADAPTED_DICE = "unadapted_dice"  # rows of the mean Dice of the mask that adaptation replaced
 VERDICT, SCORE = "verdict", "score_"  # rows of what was said of a mask, and of what each detector gave
 PREDICTED = ("predicted_dice_low", "predicted_dice", "predicted_dice_high")
+LEAST_DICE = "least_dice"  # rows of the Dice that was asked for
+FAILED_DICE = 0.7  # below it a mask counts as failed, unless another Dice was asked for
 DECISIONS = ("accept", "review", "reject")  # as 0, 1 and 2 in rows
 EMPTY_REASON = "nothing was found, which was so in fewer than one of twenty images known"
 ENSEMBLE = "ensemble"  # the score of what several networks disagree about
@@ -26,7 +28,8 @@ SENSITIVITY = 0.95
 
 def is_judgement(metric: str) -> bool:
     """Tell whether a row's metric speaks of how the mask came about, or of the verdict, and not of the mask."""
-    return metric in (VERDICT, ADAPTED, UNADAPTED_DICE) or metric in PREDICTED or metric.startswith(SCORE)
+    named = (VERDICT, LEAST_DICE, ADAPTED, UNADAPTED_DICE, *PREDICTED)
+    return metric in named or metric.startswith(SCORE)
 
 
 def suspicion(scores: Mapping[str, float | None]) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from anysite import atomic
 from anysite.data.case import Case
 from anysite.errors import FileFormatError
-from anysite.judgement import ADAPTED, DECISIONS, PREDICTED, SCORE, VERDICT, is_judgement
+from anysite.judgement import ADAPTED, DECISIONS, LEAST_DICE, PREDICTED, SCORE, VERDICT, is_judgement
 from anysite.metrics import Score
 from anysite.statistics import mean_defined
 
@@ -55,6 +55,8 @@ def describe_verdict(verdict: Mapping[str, Any] | None) -> list[Score]:
     values |= {f"{SCORE}{name}": value for name, value in verdict["scores"].items()}
     if verdict.get("predicted_dice"):
         values |= dict(zip(PREDICTED, verdict["predicted_dice"], strict=True))
+    if verdict.get(LEAST_DICE):
+        values[LEAST_DICE] = verdict[LEAST_DICE]
     return [Score(ALL_CLASSES, name, value, "1") for name, value in values.items()]
 
 

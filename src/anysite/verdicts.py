@@ -11,7 +11,7 @@ from typing import Any
 
 from anysite import atomic
 from anysite.errors import ConfigError, FileFormatError
-from anysite.judgement import DECISIONS, EMPTY_REASON, suspicion
+from anysite.judgement import DECISIONS, EMPTY_REASON, LEAST_DICE, suspicion
 
 VERDICTS = "verdicts.json"
 VERDICT_FILES = (VERDICTS, "verdicts.csv")
@@ -37,7 +37,7 @@ def write_verdicts(
     """
     cases: Verdicts = {
         case: {"verdict": v["decision"], "reasons": list(v["reasons"]), "predicted_dice": v.get("predicted_dice"),
-               "scores": v["scores"]}
+               "scores": v["scores"]} | ({LEAST_DICE: v[LEAST_DICE]} if v.get(LEAST_DICE) else {})
         for case, v in sorted(judged.items())
     }  # fmt: skip
     if referral is not None:

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from anysite.judgement import DECISIONS, UNADAPTED_DICE
+from anysite.judgement import DECISIONS, FAILED_DICE, UNADAPTED_DICE
 from anysite.report.cases import CaseLine, list_cases
 from anysite.report.charts import Strip, line_plot, strip_plot
 from anysite.report.configuration import Entries, RunFacts, describe_rows, describe_run
 from anysite.report.format import SPLIT_NAMES, image_folders, join, without_folders
 from anysite.report.gallery import Gallery
-from anysite.report.judging import FAILED
 from anysite.report.methods import split_by_method
 from anysite.report.pictures import Picture
 from anysite.report.previews import Preview
@@ -299,7 +298,8 @@ def _judged(gallery: Gallery, scores: Sequence[CaseScore]) -> Iterable[Judged]:
             case = cases[name]
             picture = gallery.draw(name)
             example = Shown(name, case.domain, case.split, picture, middle, verdict=case.verdict)
-        failed = sum(value < FAILED for value in values)
+        least = {name: case.verdict.least_dice for name, case in chosen.items() if case.verdict}
+        failed = sum(s.value < (least[s.case] or FAILED_DICE) for s in found if s.value is not None)
         yield Judged(split, decision, len(chosen), estimate(found), failed, len(values), example)
 
 

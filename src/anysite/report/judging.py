@@ -12,6 +12,8 @@ from markupsafe import Markup
 
 from anysite.judgement import (
     DECISIONS,
+    FAILED_DICE,
+    LEAST_DICE,
     PREDICTED,
     SCORE,
     VERDICT,
@@ -30,7 +32,6 @@ from anysite.report.read import Row
 from anysite.report.summary import is_clean, person_of
 from anysite.statistics import Estimate
 
-FAILED = 0.7  # Dice below which a mask counts as failed
 REFERRED = 0.2  # share that a person looks at
 REFERRAL = "referral"  # by what `anysite predict --referral` sorts
 OTHER = "other"
@@ -49,6 +50,7 @@ class Judged:
     dice: list[float] = field(default_factory=list)
     expected: dict[str, float] = field(default_factory=dict)
     decision: str = ""
+    least_dice: float = FAILED_DICE
 
     @property
     def mean_dice(self) -> float | None:
@@ -173,6 +175,8 @@ def _gather(rows: Sequence[Row]) -> list[Judged]:
             one.decision = dict(enumerate(DECISIONS)).get(
                 -1 if row.value is None else int(row.value), "refused"
             )
+        elif row.metric == LEAST_DICE and row.value is not None:
+            one.least_dice = row.value
         elif row.metric in PREDICTED and row.value is not None:
             one.expected[row.metric] = row.value
         elif row.metric.startswith(SCORE):
@@ -318,4 +322,4 @@ def _risk(one: Judged) -> float:
 
 
 def _is_failed(one: Judged) -> bool:
-    return one.mean_dice is not None and one.mean_dice < FAILED
+    return one.mean_dice is not None and one.mean_dice < one.least_dice

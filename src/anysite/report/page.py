@@ -11,6 +11,7 @@ from markupsafe import Markup
 import anysite
 from anysite import atomic
 from anysite.errors import DataError
+from anysite.judgement import FAILED_DICE
 from anysite.report import format as texts
 from anysite.report.adaptation import KINDS as ADAPTED_KINDS
 from anysite.report.adaptation import AdaptationResult, describe_adaptations
@@ -18,7 +19,7 @@ from anysite.report.charts import Strip, difference_plot, strip_plot
 from anysite.report.curves import CorruptionCurves, LabelCurves, describe_corruptions, describe_labels
 from anysite.report.evaluation import Evaluation, evaluate
 from anysite.report.inspection import read_audit
-from anysite.report.judging import FAILED, KINDS, OTHER, Judgement, describe_judgement
+from anysite.report.judging import KINDS, OTHER, Judgement, describe_judgement
 from anysite.report.methods import (
     Matrix,
     MethodSummary,
@@ -124,7 +125,7 @@ def write_report(
         version=anysite.__version__,
         split_names=texts.SPLIT_NAMES,
         colours=len(OKABE_ITO),
-        failed_dice=FAILED,
+        failed_dice=FAILED_DICE,
         adapted_kinds=ADAPTED_KINDS,
         kinds=KINDS
         | {

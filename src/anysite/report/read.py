@@ -106,6 +106,7 @@ class PredictedVerdict(BaseModel):
     decision: str = ""
     reasons: list[str] = []
     predicted_dice: tuple[float, float, float] | None = None
+    least_dice: float = 0.0
 
 
 class PredictedAdaptation(BaseModel):
