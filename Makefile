@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: install demo test test-slow check docs bench lock viewer
+.PHONY: install demo test fast-tests test-slow check format types docs bench lock viewer
 
 install: $(INSTALLED)
 
@@ -20,18 +20,22 @@ $(INSTALLED): requirements.lock pyproject.toml
 demo: install
 	$(BIN)/anysite demo --output demo
 
-test: install
-	$(BIN)/ruff format --check src tests benchmarks docs
-	$(BIN)/ruff check src tests benchmarks docs
-	$(BIN)/pyright
+test: format
+	$(MAKE) --jobs=2 types fast-tests  # the checker of types takes one core and the better part of two minutes
+
+fast-tests: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: install
 	$(BIN)/python -m pytest -n 2 -m slow
 
-check: install
+check: format types
+
+format: install
 	$(BIN)/ruff format --check src tests benchmarks docs
 	$(BIN)/ruff check src tests benchmarks docs
+
+types: install
 	$(BIN)/pyright
 
 docs: install

@@ -53,7 +53,8 @@ def describe_settings() -> str:
         "# Settings", "", "Written by `make docs` from the code.", "",
         "Any of these may stand in a TOML file given as `--preset FILE.toml` or be changed by `--set name=value`.",
         "The default holds where neither says otherwise. `anysite train` starts from the preset `robust`, which",
-        "changes `augment` and `train.sampling`; a file given as `--preset` stands in its place.",
+        "changes `augment`, `train.sampling` (`domain`) and `plan.normalisation` (`local`); a file given as `--preset`",
+        "stands in its place.",
         "The settings of networks, objectives, detectors and adapters are on the page of [methods](methods.md).", "",
         "| setting | type | default | meaning |", "|---|---|---|---|",
     ]  # fmt: skip

@@ -76,7 +76,10 @@ class AugmentSettings(Settings):
         default=(0.1, 0.4), description="displacement in control-point spacings; up to 0.4 nothing folds"
     )
     flip: Probability = Field(default=0.5, description="for each axis")
-    flip_axes: tuple[int, ...] | None = Field(default=None, description="spatial axes to mirror; none: all")
+    flip_axes: tuple[int, ...] | None = Field(
+        default=None,
+        description="axes to mirror, the plan's, slice axis first; none: all",
+    )
     brightness: Probability = 0.3
     brightness_factor: Range = (0.7, 1.3)
     contrast: Probability = 0.3
@@ -143,7 +146,7 @@ class AugmentSettings(Settings):
 class TrainSettings(Settings):
     """The training loop."""
 
-    steps: int = Field(default=1000, gt=0)
+    steps: int = Field(default=1000, gt=0, description="of the optimiser; --budget chooses them instead")
     batch_size: int | None = Field(default=None, gt=0, description="none: 8 in 2-D, 2 in 3-D")
     learning_rate: float = Field(default=3e-3, gt=0)
     weight_decay: float = Field(default=1e-2, ge=0)
