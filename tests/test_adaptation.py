@@ -645,6 +645,10 @@ def test_probabilities_before_and_after_are_averaged_by_the_share_asked_for(run:
         expected = share * first.raw.array + (1 - share) * alone.raw.array
         np.testing.assert_allclose(predict("tent:always", first_share=share).raw.array, expected, atol=1e-6)
     assert choose_adapter(run.config.predict, "tent").adapt.first_share == 0.5
+    configured = choose_adapter(run.config.predict, "refseg").model_copy(deep=True)
+    configured.adapt.settings["steps"] = 3
+    assert choose_adapter(configured, "standard_views").adapt.settings == {}  # they are of refseg
+    assert choose_adapter(configured, "refseg:always").adapt.settings == {"steps": 3}
 
 
 @pytest.mark.parametrize("kind", ["file", "mask"])

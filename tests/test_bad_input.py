@@ -370,6 +370,28 @@ def run_with_a_list_as_plan_described(tmp: Path, run: Path) -> list[object]:
     return ["info", tmp / "run"]
 
 
+@bad(r"run/splits\.json: not a list of names")
+def run_with_a_number_as_split_described(tmp: Path, run: Path) -> list[object]:
+    (copy_of(run, tmp) / "splits.json").write_text('{"training": 3}')
+    return ["info", tmp / "run"]
+
+
+@bad(r"predictions\.json: not a JSON object")
+def predictions_with_a_list_of_cases_described(tmp: Path, run: Path) -> list[object]:
+    (tmp / "predictions.json").write_text('{"cases": [1, 2]}')
+    return ["info", tmp]
+
+
+@bad(r"--format nifti for an image in pixels, with no place in a patient; expected --format auto")
+def pictures_predicted_as_nifti(tmp: Path, run: Path) -> list[object]:
+    return predict(tmp, run, write(tmp / "a.png", grey()), "--format", "nifti")
+
+
+@bad(r"--format dicom_seg for an image that is not DICOM; expected --format auto")
+def pictures_predicted_as_dicom(tmp: Path, run: Path) -> list[object]:
+    return predict(tmp, run, write(tmp / "a.png", grey()), "--format", "dicom_seg")
+
+
 @bad(r"data: no run\.json; expected a run folder written by anysite train")
 def run_that_is_a_dataset(tmp: Path, run: Path) -> list[object]:
     return predict(tmp, dataset(tmp), write(tmp / "a.png", grey()))

@@ -20,7 +20,7 @@ from anysite.benchmark import Job, JobOutcome, benchmark, count_others, list_job
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
-from anysite.errors import ConfigError, Interrupted, InterruptedTraining
+from anysite.errors import ConfigError, Interrupted, InterruptedTraining, RunError
 from anysite.experiment import score_job
 from anysite.report import write_report
 from anysite.report.methods import split_by_method, summarise_methods
@@ -507,6 +507,17 @@ def test_kept_runs_of_other_settings_are_never_taken_for_a_jobs_own(jobs: list[J
     steps = [r["value"] for r in run_job(other, 1, tmp_path).rows if r["metric"] == "train_steps"]
     assert steps == [3]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_kept_run_of_other_defaults_is_refused(jobs: list[Job], tmp_path: Path) -> None:
+    """The digest that names its folder knows only what differs from the defaults."""
+    run_job(jobs[0], 1, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    config = json.loads((folder / "run" / "config.json").read_text())
+    config["train"]["average_share"] = 0.125
+    (folder / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match=r"a kept run trained with another train\.average_share"):
+        score_job(jobs[0], open_dataset(Path(jobs[0].dataset_path)), folder, 1)
 
 
 def test_sites_in_another_order_are_still_the_same_job(

@@ -44,6 +44,18 @@ def test_values_and_place_are_those_of_a_nifti_of_the_same_image(tmp_path, kind,
     np.testing.assert_allclose(found.affine, twin.affine, atol=1e-5)
 
 
+def test_other_voxels_beside_the_same_header_are_another_image(tmp_path):
+    SimpleITK.WriteImage(sitk_image(np.zeros((4, 5, 6), np.int16)), str(tmp_path / "a.mhd"))
+    former = files.digest_of(tmp_path / "a.mhd")
+    assert [path.name for path in files.files_of(tmp_path / "a.mhd")] == ["a.mhd", "a.raw"]
+    voxels = bytearray((tmp_path / "a.raw").read_bytes())
+    voxels[0] = 1
+    (tmp_path / "a.raw").write_bytes(voxels)
+    assert files.digest_of(tmp_path / "a.mhd") != former
+    (tmp_path / "a.raw").unlink()
+    assert files.digest_of(tmp_path / "a.mhd") not in ("", former)
+
+
 @pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
 def test_components_and_a_fourth_axis_are_channels(tmp_path, suffix):
     array = np.random.default_rng(0).normal(size=(4, 5, 6, 3)).astype(np.float32)

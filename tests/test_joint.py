@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ from anysite.calibration import fold_unknown
 from anysite.config import Config
 from anysite.data import files
 from anysite.data.case import Case, Dataset
-from anysite.data.check import inspect_dataset
+from anysite.data.check import inspect_dataset, require_sound
 from anysite.data.layouts import find_cases, open_dataset
-from anysite.errors import AnysiteError, ConfigError, DataError, LabelError
+from anysite.errors import AnysiteError, ConfigError, DataError, FaultyDataError, LabelError
 from anysite.evaluate import evaluate
 from anysite.learner import build_learner, build_network
 from anysite.manifest import describe_case, describe_dataset
@@ -27,11 +29,13 @@ from anysite.objectives.supervised import Supervised, hide_unknown
 from anysite.patches import PatchSampler, PreparedCases
 from anysite.plan import Plan
 from anysite.planning import learn_plan
-from anysite.predict import _patients_judged_from, predict, split_of
+from anysite.predict import predict
 from anysite.report.pictures import draw_case
 from anysite.report.read import PredictedCase, PredictedDataset
+from anysite.roles import patients_judged_from, split_of
 from anysite.rows import read_rows
 from anysite.runs import CALIBRATION, open_run
+from anysite.segment import Segmenter
 from anysite.settings import AugmentSettings, PlanSettings, TrainSettings
 from anysite.splits import split
 from anysite.train import train
@@ -83,6 +87,22 @@ def organs(tmp_path: Path) -> Path:
     )
     datasets = {"heart": "heart_mr", "head": {"path": "head_mr", "labels": {"hippocampus": [7, 9]}}}
     return write_list(tmp_path / "organs.json", datasets)
+
+
+def test_an_image_copied_into_two_datasets_is_found_and_one_listed_in_both_is_not(tmp_path: Path) -> None:
+    """It would be trained on under one name and tested on under the other."""
+    write_volumes(tmp_path / "one", {"a": 2})
+    write_volumes(tmp_path / "other", {"b": 2}, low=50)
+    both = write_list(tmp_path / "both.json", {"first": "one", "second": "one"})
+    require_sound(open_dataset(both))
+    assert not [p for p in inspect_dataset(both).problems if "identical images" in p.rule]
+    shutil.copy(tmp_path / "one/a/images/a0.nii.gz", tmp_path / "other/b/images/b1.nii.gz")
+    organs = write_list(tmp_path / "organs.json", {"first": "one", "second": "other"})
+    (found,) = [p for p in inspect_dataset(organs).problems if p.rule == "identical images"]
+    assert (found.severity, found.case) == ("error", "second_b1")
+    assert "the same voxels as case first_a0" in found.observed
+    with pytest.raises(FaultyDataError, match="the very same file in both datasets"):
+        require_sound(open_dataset(organs))
 
 
 def test_a_list_of_datasets_is_one_dataset(organs: Path) -> None:
@@ -514,6 +534,15 @@ def test_masks_of_other_programs_hold_the_values_of_their_dataset(organs: Path, 
 def test_cases_of_a_joint_training_are_known_again_in_their_own_dataset(organs: Path, tmp_path: Path) -> None:
     dataset = open_dataset(organs)
     run = train(dataset, configure("train.steps=2"), tmp_path / "run")
+    segmenter = Segmenter([run])
+    (grid,) = run.plan.to_grids(dataset.cases[0].image())[:1]
+    seen = segmenter._predict(grid, segmenter.members[0], watch=True)
+    # What is judged is the mask that is written: here the background, though one class is the likeliest.
+    chances = np.zeros_like(seen.probabilities)
+    chances[:] = np.array([0.3, 0.4, 0.05, 0.25])[:, None, None, None]
+    unsure = replace(seen, probabilities=chances)
+    assert np.array_equal(unsure.label, segmenter.plan.decide(chances))
+    assert not unsure.foreground.any()
     alone = open_dataset(tmp_path / "heart_mr")
     roles = {"training": "training", "held_out": "in_domain"}
     for case in (
@@ -523,7 +552,7 @@ def test_cases_of_a_joint_training_are_known_again_in_their_own_dataset(organs: 
         assert split_of(case, [run]) == roles[role]
     kept = next(id for id in run.splits["held_out"] if id.startswith("heart_b"))
     run.manifest["judge_learned_from"] = [kept]
-    judged = _patients_judged_from([run], alone.cases)
+    judged = patients_judged_from([run], alone.cases)
     assert [patient for _, patient in judged] == [kept.removeprefix("heart_")]
     learned_from = {id.removeprefix("heart_") for id in run.splits["training"]}
     parts = split(alone, small_config("seed=3"))

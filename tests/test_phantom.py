@@ -71,6 +71,23 @@ def test_same_seed_same_bytes_and_a_selection_is_a_subset(tmp_path: Path, dimens
     assert all(other[name] != first[name] for name in images)
 
 
+def test_an_interrupted_phantom_is_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = hashes(write_phantom(tmp_path / "whole", patients_per_site=1, sites=("east",), size=32))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("anysite.atomic.write_json", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write_phantom(tmp_path / "again", patients_per_site=1, sites=("east",), size=32)
+    assert not (tmp_path / "again").exists()
+    (tmp_path / "again").mkdir()  # empty folders will do
+    again = write_phantom(tmp_path / "again", patients_per_site=1, sites=("east",), size=32)
+    assert hashes(again) == whole
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "again"}
+
+
 def test_layout_is_the_ordinary_one(flat: Path, solid: Path) -> None:
     for folder, suffix in ((flat, ".png"), (solid, ".nii.gz")):
         rows = rows_of(folder)

@@ -22,6 +22,7 @@ from anysite.data.phantom import write_phantom
 from anysite.data.volume import Volume
 from anysite.errors import ConfigError, DataError, FileFormatError
 from anysite.postprocessing import combine
+from anysite.roles import split_of
 from anysite.runs import Run
 from anysite.segment import Segmenter
 from anysite.train import train
@@ -189,9 +190,24 @@ def test_parts_are_disjoint_and_together_complete(
     joined = predict.read_manifests(tmp_path)
     assert joined["cases"].keys() == {case.id for case in cases}
     assert joined["runs"][0]["seed"] == 0
+    alone = {**joined, "cases": {**joined["cases"], cases[0].id: {"status": "failed", "error": "disk full"}}}
+    atomic.write_json(tmp_path / "predictions.json", alone)  # of a call before, which failed on one of them
+    assert predict.read_manifests(tmp_path)["cases"][cases[0].id]["status"] == "done"
+    (tmp_path / "predictions.json").unlink()
     segment([other_run], cases, tmp_path, part="2/3")
     with pytest.raises(DataError, match=r"predictions.1-of-3.json, .* of different runs"):
         predict.read_manifests(tmp_path)
+
+
+def test_images_are_found_from_an_output_folder_that_is_a_link(
+    phantom: Dataset, run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "masks").symlink_to(tmp_path / "far" / "away")
+    (case,) = few(phantom, 1)
+    segment([run], [case], tmp_path / "masks")
+    (image,) = predict.read_manifests(tmp_path / "masks")["cases"][case.id]["images"]
+    assert (tmp_path / "masks" / image).samefile(case.image_paths[0])
 
 
 @pytest.mark.parametrize("part", ["", "1", "0/2", "3/2", "1/0", "-1/2", "a/b", "1/2/3"])
@@ -395,13 +411,20 @@ def test_the_site_decides_about_ids_of_other_datasets(phantom: Dataset, run: Run
     by_id = {case.id: case for case in phantom.cases}
     elsewhere = replace(by_id[trained], domain="south")
     new = replace(by_id[trained], id="new")  # at a site that was trained on
-    assert predict.split_of(by_id[trained], [run]) == "training"
-    assert predict.split_of(by_id[held_out], [run]) == "in_domain"
-    assert predict.split_of(elsewhere, [run]) == "unseen"
-    assert predict.split_of(new, [run]) == "unknown"
-    assert predict.split_of(replace(new, domain="west"), [run]) == "unseen"
-    assert predict.split_of(replace(new, domain="west"), [run, other_run]) == "unknown"
-    assert predict.split_of(by_id[trained], [run], sites_known=False) == "unknown"
+    assert split_of(by_id[trained], [run]) == "training"
+    assert split_of(by_id[held_out], [run]) == "in_domain"
+    assert split_of(elsewhere, [run]) == "unseen"
+    assert split_of(new, [run]) == "unknown"
+    assert split_of(replace(new, domain="west"), [run]) == "unseen"
+    assert split_of(replace(new, domain="west"), [run, other_run]) == "unknown"
+    assert split_of(by_id[trained], [run], sites_known=False) == "unknown"
+    started_from = {"seen": {"scans": [by_id[trained].id, "organ_new"]}}
+    pretrained = replace(run, manifest={**run.manifest, "started_from": started_from})
+    assert split_of(elsewhere, [pretrained]) == "unknown"  # perhaps one of the images pretrained on
+    assert split_of(new, [pretrained]) == "unknown"  # of another dataset, whose name is not in the plan
+    assert split_of(by_id[held_out], [pretrained]) == "in_domain"
+    new_as_pretrained = replace(run, manifest={**run.manifest, "started_from": {"seen": {"scans": ["new"]}}})
+    assert split_of(new, [new_as_pretrained]) == "training"
 
 
 def test_the_command_leaves_out_what_was_trained_on_and_no_namesakes(

@@ -28,6 +28,7 @@ from anysite.objectives.tile_autoencoder import TileAutoencoder, choose_grid, cu
 from anysite.planning import learn_plan
 from anysite.predict import predict
 from anysite.report import write_report
+from anysite.roles import split_of
 from anysite.segment import Segmenter
 from anysite.settings import PlanSettings
 from anysite.splits import split
@@ -334,6 +335,14 @@ def test_the_preset_does_both_stages(phantom: Dataset, tmp_path: Path) -> None:
     run = train(phantom, load("t_ae", overrides), tmp_path / "run")
     assert run.manifest["started_from"]["encoder_share"] == 1
     assert "auxiliary_reconstruction" in (run.path / runs.LOG).read_text()
+
+
+def test_sites_whose_images_were_pretrained_on_are_not_unseen(phantom: Dataset, tmp_path: Path) -> None:
+    without = [replace(c, label_path=None) if c.domain == "west" else c for c in phantom.cases]
+    config = small_config("pretrain.objectives={tile_autoencoder={}}", "pretrain.steps=1", "train.steps=1")
+    run = train(phantom.with_cases(without), config, tmp_path / "run")
+    assert "west" in run.manifest["train_domains"]
+    assert {split_of(case, [run]) for case in phantom.cases if case.domain == "west"} == {"training"}
 
 
 @pytest.mark.parametrize("stopped_at", [2, 5], ids=["pretraining", "training"])

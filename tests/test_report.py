@@ -137,11 +137,11 @@ def folder(tmp_path: Path) -> Path:
     cases["bad"] = {**cases["b0"], **failure}
     run = {
         "path": str(images / "run"),
-        "method": "erm",
+        "preset": "erm",
         "train_domains": ["A"],
         "config": {"data": {"root": str(images)}, "epochs": 7},
         "versions": {"torch": "2.13"},
-        "plan": {"patch": {"value": [24, 24], "reason": "the median image"}},
+        "plan": {"patch_size": [24, 24], "reasons": ["the median image"]},
     }
     dataset = {"name": "toy", "classes": ["background", "disc", "cup"], "label_values": [0, 100, 200]}
     content = {"created": "2025-01-01T00:00:00Z", "dataset": dataset, "runs": [run], "cases": cases}
@@ -509,9 +509,9 @@ def test_texts_lose_folders_and_keep_the_rest():
     )
     assert without_folders("/my site/a b.png: bad", {"/my site"}) == "a b.png: bad"
     assert without_folders("Dice 3/4 and/or mm") == "Dice 3/4 and/or mm"
-    plan = {"patch": 3, "reasons": {"patch": "why"}}
-    facts = describe_run({"method": "m", "plan": plan, "config": {"a": {"b": None}}})
-    assert facts.plan == (("patch", "3", "why"),)
+    plan = {"patch": 3, "reasons": ["why"]}
+    facts = describe_run({"preset": "m", "plan": plan, "config": {"a": {"b": None}}})
+    assert facts.plan == (("patch", "3", ""), ("", "", "why"))
     assert facts.config == (("a.b", "none"),)
     assert [number(v, True) for v in (-0.04, 2.25, -1.0, None)] == ["0.0", "+2.2", "−1.0", "–"]
 

@@ -75,6 +75,8 @@ def choose_adapter(settings: PredictSettings, name: str) -> PredictSettings:
     if how and known in registry.ADAPTERS:  # a name with a colon is otherwise that of a class outside anysite
         raise ConfigError(f"{name!r}", where="adapt", expected=f"{known} or {known}:always")
     changes: dict[str, Any] = {"method": method}
+    if method != settings.adapt.method:
+        changes["settings"] = {}  # they are of another adapter
     if method != name:
         changes |= {"only_shifted": False, "guard": False, "first_share": 0.0}
     return settings.model_copy(update={"adapt": settings.adapt.model_copy(update=changes)})

@@ -304,8 +304,3 @@ def _plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type)
         else str(value)
     )
-
-
-def listed(items: Sequence[str], most: int = 5) -> str:
-    """Return names joined by commas, cut after `most`."""
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -67,7 +67,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
     return {
         "kind": "run",
         **{key: manifest[key] for key in shown if key in manifest},
-        "cases": {role: len(ids) for role, ids in splits.items()},
+        "cases": {role: len(_require(ids, list, path / "splits.json")) for role, ids in splits.items()},
         **{key: plan.get(key) for key in ("classes", "patch_size", "spacing", "reasons")},
         "no_fragments_of": rule.get("without_fragments"),
         "fragments_below": rule.get("smaller_than"),
@@ -77,13 +77,17 @@ def _describe_run(path: Path) -> dict[str, Any]:
 def _describe_predictions(path: Path) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for part in sorted(path.glob("predictions*.json")):
-        entries |= _read_object(part).get("cases", {})
+        entries |= _require(_read_object(part).get("cases", {}), dict, part)
     states = [entry.get("status", "unknown") for entry in entries.values() if isinstance(entry, dict)]
     return {"kind": "predictions", "cases": {state: states.count(state) for state in dict.fromkeys(states)}}
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    content = atomic.read_json(path)
-    if not isinstance(content, dict):
-        raise FileFormatError("not a JSON object", where=path, fix="restore the folder from its source")
+    return _require(atomic.read_json(path), dict, path)
+
+
+def _require(content: Any, kind: type, path: Path) -> Any:
+    if not isinstance(content, kind):
+        wanted = {dict: "a JSON object", list: "a list of names"}[kind]
+        raise FileFormatError(f"not {wanted}", where=path, fix="restore the folder from its source")
     return content

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,10 +16,11 @@ from anysite import config, provenance, runs
 from anysite.calibration import CALIBRATION_METRICS
 from anysite.corrupt import corrupt, fingerprint
 from anysite.data.case import Case, Dataset
-from anysite.errors import CASE_ERRORS, DataError
+from anysite.errors import CASE_ERRORS, DataError, RunError
 from anysite.evaluate import evaluate, score_probabilities, score_volume
 from anysite.judgement import ADAPTED, VERDICT, is_judgement
 from anysite.metrics import METRICS, Score
+from anysite.roles import patients_judged_from
 from anysite.rows import ALL_CLASSES, Row, describe_adaptation, describe_verdict, join_sites, rows_of
 
 NO_ADAPTER = "none"  # no adapter
@@ -150,7 +151,7 @@ def score_job(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Ro
         raise DataError("a run that does not judge", where=job.dataset, fix="drop verdict from --metrics")
     cases = held_out + test
     rows, predicting_s = _score_images(job, members, cases, dataset, folder / "masks", threads, NO_ADAPTER)
-    learned_from = _patients_judged_from(run, dataset)
+    learned_from = patients_judged_from(members, dataset.cases)
     common = {**rows[0], "domain": "", "patient": "", "case": "", "class": ""}
     common.pop("judge_learned", None)  # that is of one case
     for adapt in job.adapt:
@@ -184,10 +185,25 @@ def _train_member(job: Job, member: int, dataset: Dataset, folder: Path, threads
         "train": settings.train.model_copy(update={"threads": threads}),
         "member": settings.member + member,
     }
-    return train(
-        dataset, settings.model_copy(update=own), _folder_of(job, member, folder), budget_s=job.budget_s, resume=True,
-        facts={"preset": job.name},
-    )  # fmt: skip
+    settings, run = settings.model_copy(update=own), _folder_of(job, member, folder)
+    if (run / runs.MANIFEST).is_file():
+        _require_settings(run, settings)
+    return train(dataset, settings, run, budget_s=job.budget_s, resume=True, facts={"preset": job.name})
+
+
+def _require_settings(run: Path, settings: config.Config) -> None:
+    """Refuse a kept run that an earlier program trained with other defaults, which a job's digest does not name.
+
+    Raises:
+        RunError: its settings differ, beside the number of threads and how a run to start from is named.
+    """
+    differing = config.differing_settings(settings, runs.read_config(run))
+    names = sorted({text.removeprefix("no ").partition("=")[0] for text in differing})
+    if others := [name for name in names if name not in ("train.threads", "pretrained")]:
+        raise RunError(
+            f"a kept run trained with another {', '.join(others)}", where=run,
+            fix="choose another --keep-runs, or delete that folder",
+        )  # fmt: skip
 
 
 def _folder_of(job: Job, member: int, folder: Path) -> Path:
@@ -238,10 +254,14 @@ def _score_images(
     result = evaluate(masks, dataset, threads=threads, context=context)
     if result.failed or any(outcome.status == "failed" for outcome in outcomes):
         raise DataError(
-            f"{len(result.failed)} cases failed, such as {next(iter(result.failed.items()), '')}",
-            where=job.dataset,
-        )
+            f"cases that failed ({len(result.failed)} of them to be scored){_name_first(result.failed)}",
+            where=job.dataset, fix="run anysite check, then the same command again",
+        )  # fmt: skip
     return result.rows, [outcome.seconds for outcome in outcomes if outcome.status == "done"]
+
+
+def _name_first(failed: Mapping[str, str]) -> str:
+    return next((f", such as {case}: {error}" for case, error in failed.items()), "")
 
 
 def _score_corrupted(
@@ -291,15 +311,6 @@ def _judge_others(members: Sequence[runs.Run], name: str, path: Path, common: Ro
         scores = describe_verdict(asdict(verdict)) if verdict else [Score(ALL_CLASSES, VERDICT, None, "1")]
         rows += rows_of(scores, case, OTHER, common | {"other": name})
     return rows
-
-
-def _patients_judged_from(run: runs.Run, dataset: Dataset) -> set[tuple[str, str]]:
-    """Return the held-out patients that set limits, on whom a judgement cannot be tested."""
-    if run.judge is None:
-        return set()
-    held_out = dataset.with_cases(case for case in dataset.labelled if case.id in run.splits["held_out"])
-    used = held_out.first_by_turns(run.config.judge.held_out_cases)
-    return {(case.domain, case.patient) for case in used}
 
 
 def _is_wanted(metric: str, wanted: Sequence[str]) -> bool:

@@ -120,7 +120,7 @@ class MaskJudge:
         mean = np.mean(maps, 0)
         views = [torch.from_numpy(one)[None] for one in maps]
         agreement = count_agreement(views, bool(self.plan.regions)) if len(views) > 1 else None
-        return Output(normalised, mean, bool(self.plan.regions), (), agreement)
+        return Output(normalised, mean, bool(self.plan.regions), (), agreement, decide=self.plan.decide)
 
     def _read_maps(self, folder: Path, case: Case, image: Volume) -> Float[np.ndarray, "k *s"]:
         path = _mask_of(folder, case.id)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from anysite import atomic
 from anysite.data import files
@@ -16,6 +16,7 @@ from anysite.judgement import DECISIONS
 MANIFEST, MANIFESTS = "predictions.json", "predictions*.json"
 UNADAPTED_FOLDER = "unadapted"  # the folder of masks without test-time adaptation
 DRAWINGS_FOLDER = "drawings"  # the folder of what is drawn from masks before and after it
+Entry = TypeVar("Entry")
 
 
 class Manifest:
@@ -138,9 +139,19 @@ def read_manifests(folder: Path, origin: str | None = None) -> dict[str, Any]:
             where=folder,
             fix="predict every part with the same runs, or delete the manifests that are out of date",
         )
-    cases = {name: entry for part in parts for name, entry in part["cases"].items()}
+    cases = join_parts([part["cases"] for part in parts], lambda entry: entry["status"])
     listed = {name: digest for part in parts for name, digest in _files_of(part).items()}
     return {"runs": [], **parts[0], "cases": cases, "files": listed}
+
+
+def join_parts(parts: Iterable[Mapping[str, Entry]], status_of: Callable[[Entry], str]) -> dict[str, Entry]:
+    """Return the entries of several manifests; of a case that failed in one and is done in another the latter."""
+    joined: dict[str, Entry] = {}
+    for part in parts:
+        for name, entry in part.items():
+            if name not in joined or status_of(entry) == "done" or status_of(joined[name]) != "done":
+                joined[name] = entry
+    return joined
 
 
 def mask_name(case: Case, kind: str = "auto") -> str:
@@ -207,7 +218,7 @@ def describe_case(case: Case, output: Path) -> dict[str, Any]:
 def _locate(path: Path, output: Path) -> str:
     """Return where a file lies as seen from the prediction folder, so that both may move together."""
     try:
-        return os.path.relpath(path, output)
+        return os.path.relpath(path.parent.resolve() / path.name, output.resolve())
     except ValueError:  # another drive on Windows
         return str(path.absolute())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +16,7 @@ from anysite.data.case import Case, Dataset
 from anysite.data.layouts import find_cases, open_dataset, open_images
 from anysite.data.probabilities import read_probabilities, write_probabilities
 from anysite.data.volume import Volume
-from anysite.errors import CASE_ERRORS, ConfigError, DataError, describe_error
+from anysite.errors import CASE_ERRORS, AnysiteError, ConfigError, DataError, describe_error
 from anysite.manifest import (
     Manifest,
     describe_case,
@@ -31,6 +32,7 @@ from anysite.manifest import (
 from anysite.maps import Prediction
 from anysite.plan import Plan
 from anysite.previews import write_preview
+from anysite.roles import patients_judged_from, split_of
 from anysite.runs import Run
 from anysite.segment import Segmenter, segments_as_judged
 from anysite.settings import MaskFormat, PredictSettings
@@ -44,7 +46,6 @@ __all__ = [
     "read_manifests",
     "read_probabilities",
     "select_part",
-    "split_of",
     "write_probabilities",
 ]
 
@@ -104,18 +105,6 @@ def _one_file_a_case(cases: Sequence[Case]) -> tuple[Case, ...]:
     single = [replace(case, image_paths=(path,)) for case in cases for path in case.image_paths]
     names = [files.stem_of(case.image_paths[0]) for case in single]
     return tuple(replace(case, id=name, patient=name) for case, name in zip(single, names, strict=True))
-
-
-def split_of(case: Case, run_folders: Sequence[Run], sites_known: bool = True) -> str:
-    """Return what a case was to the runs: "training", "in_domain" (held out), "unseen" (site) or "unknown".
-
-    A case of a site that was not trained on is unseen whatever its id, since other datasets use the same ids.
-    Of several runs the one that may have seen most counts.
-    """
-    if not sites_known:
-        return "unknown"
-    found = {_role_of(case, run) for run in run_folders}
-    return next(split for split in ("training", "unknown", "in_domain", "unseen") if split in found)
 
 
 def judged_by_image_alone(run_folders: Sequence[Run], flips: bool | None, task: str | None) -> bool:
@@ -186,6 +175,7 @@ def predict(
     if adapt is not None:
         settings = choose_adapter(settings, adapt)
     _require_apart(cases, output, settings.format)
+    _require_fitting(cases, settings.format)
     counted = [runs.WEIGHTS, runs.CALIBRATION, runs.POSTPROCESSING, runs.JUDGE]
     if settings.adapt.method != "none":
         counted.append(runs.REFLECTION)
@@ -209,7 +199,7 @@ def predict(
         manifest.write()
         _write_verdicts(manifest, referral)  # those of other runs would pass for these
         segmenter: Segmenter | None = None
-        learned_from = _patients_judged_from(run_folders, cases)
+        learned_from = patients_judged_from(run_folders, cases)
         for case in share:
             if manifest.is_done(case, save_probabilities):
                 yield CaseOutcome(case, "skipped", verdict=_decision_of(manifest.cases[case.id]))
@@ -220,17 +210,6 @@ def predict(
             role = {"split": split} | ({"judge_learned": True} if learned else {})
             yield _attempt_case(segmenter, case, role, manifest, save_probabilities)
         _write_verdicts(manifest, referral)
-
-
-def _patients_judged_from(run_folders: Sequence[Run], cases: Sequence[Case]) -> set[tuple[str, str]]:
-    """Return the held-out patients whom a judge learned its limits from, and on whom it cannot be tested."""
-    ids = {name for run in run_folders for name in run.manifest.get("judge_learned_from", ())}
-    tasks = {variant.task for run in run_folders for variant in run.plan.variants}
-    return {
-        (case.domain, case.patient)
-        for case in cases
-        if not ids.isdisjoint({case.id, *(f"{task}_{case.id}" for task in tasks)})
-    }
 
 
 def _write_verdicts(manifest: Manifest, referral: float | None) -> None:
@@ -313,17 +292,6 @@ def _decision_of(entry: dict[str, Any]) -> str:
     return (entry.get("verdict") or {}).get("decision", "")
 
 
-def _role_of(case: Case, run: Run) -> str:
-    # A run of several datasets knows its cases and sites by names that begin with the dataset's.
-    tasks = [variant.task for variant in run.plan.variants] if not case.task else []
-    domains = {case.domain, *(f"{task}/{case.domain}" for task in tasks)}
-    if domains.isdisjoint(run.manifest.get("train_domains", domains)):
-        return "unseen"
-    ids = {case.id, *(f"{task}_{case.id}" for task in tasks)}
-    roles = {"training": "training", "unlabelled": "training", "held_out": "in_domain"}
-    return next((s for role, s in roles.items() if not ids.isdisjoint(run.splits.get(role, ()))), "unknown")
-
-
 def _write_mask(
     label: Volume, path: Path, case: Case, settings: PredictSettings, classes: Sequence[str]
 ) -> None:
@@ -344,6 +312,27 @@ def _masks_of(case: Case) -> list[str]:
     """Return the names that masks of a case have, whatever the format."""
     masks = dict.fromkeys(mask_name(case, kind) for kind in get_args(MaskFormat))
     return [name for mask in masks for name in (mask, unadapted_name(mask))]
+
+
+def _require_fitting(cases: Sequence[Case], kind: str) -> None:
+    """Refuse a format of masks that an image cannot have, before anything is predicted.
+
+    Raises:
+        ConfigError: NIfTI for an image in pixels, or DICOM segmentations of what is not DICOM.
+    """
+    for case in cases:
+        path, unfit = case.image_paths[0], ""
+        with suppress(OSError, AnysiteError):  # a file that cannot be read is named where it is predicted
+            if kind == "nifti" and files.is_in_pixels(path):
+                unfit = "an image in pixels, with no place in a patient"
+            elif kind.startswith("dicom_seg") and files.suffix_of(path) != files.DICOM:
+                unfit = "an image that is not DICOM"
+        if unfit:
+            raise ConfigError(
+                f"--format {kind} for {unfit}",
+                where=case.id,
+                expected="--format auto, or images of that kind",
+            )
 
 
 def _inputs_of(case: Case) -> list[Path]:

@@ -299,7 +299,7 @@ class Segmenter:
             )  # fmt: skip
         return Output(
             image.cpu().numpy(), probabilities.cpu().numpy(), bool(plan.regions), layers, agreement,
-            None if whole is None else whole.numpy(),
+            None if whole is None else whole.numpy(), plan.decide,
         )  # fmt: skip
 
 

@@ -149,11 +149,12 @@ def _start(job: _Job) -> None:
     choose_batch_size(job.config.train, plan)
     _check_start(job, splits, learner.network, plan)
     Judge(job.config.judge)  # as above
+    pretrained = splits.images.domains if job.config.pretrain.objectives else ()
     facts = {
         "kind": "pretraining" if job.dataset.unlabelled else "segmentation",
         "dataset": job.dataset.name,
         # With few labelled patients a site may have none that is trained on; its held-out patients stay in domain.
-        "train_domains": list(dict.fromkeys((*splits.source_domains, *splits.learned_domains))),
+        "train_domains": list(dict.fromkeys((*splits.source_domains, *splits.learned_domains, *pretrained))),
         "budget_s": job.budget_s,
         **job.facts,
     }

@@ -124,6 +124,12 @@ def cases_seen(run: runs.Run) -> dict[str, set[str]]:
     return seen
 
 
+def cases_pretrained_on(run: runs.Run) -> set[str]:
+    """Return the ids of all cases that the runs learned from whose weights this one started from."""
+    seen = run.manifest.get("started_from", {}).get("seen", {}).values()
+    return {id for ids in seen for id in (*ids, *_without_prefix({*ids}, run.plan))}
+
+
 def require_unseen(run: runs.Run, dataset: Dataset, splits: Splits) -> list[str]:
     """Refuse weights that have learned from what this training is tested on.
 

@@ -88,6 +88,7 @@ def predict(
     trust(plugin)
     from anysite import console, runs
     from anysite import predict as prediction
+    from anysite.roles import split_of
     from anysite.verdicts import VERDICTS, read_verdicts
 
     *folders, source = runs_and_input
@@ -95,7 +96,7 @@ def predict(
     dataset, sites_known = prediction.open_input(source, opened[0].plan)
     cases = dataset.cases
     if not include_training:
-        cases = tuple(c for c in cases if prediction.split_of(c, opened, sites_known) != "training")
+        cases = tuple(c for c in cases if split_of(c, opened, sites_known) != "training")
         if left_out := len(dataset.cases) - len(cases):
             console.say(f"{left_out} cases were trained on and are left out (--include-training keeps them)")
     if prediction.judged_by_image_alone(opened, flips, task):

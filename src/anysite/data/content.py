@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from pathlib import Path
 
 from anysite.data import files
 from anysite.data.case import Dataset
-from anysite.data.dicom_members import split_choice
 
 
 def digest_content(dataset: Dataset) -> str:
@@ -20,14 +17,13 @@ def digest_content(dataset: Dataset) -> str:
     digest = hashlib.sha256()
     for case in dataset.cases:
         told = [case.domain, case.patient, case.id]
-        told += [str(path.stat().st_size) for image in case.image_paths for path in _files_of(image)]
+        told += [
+            str(path.stat().st_size)
+            for image in case.image_paths
+            if files.exists(image)
+            for path in files.files_of(image)
+        ]
         if case.label_path is not None:
             told += ["label", files.digest_of(case.label_path) if files.exists(case.label_path) else ""]
         digest.update("\0".join([*told, "\n"]).encode())
     return digest.hexdigest()[:12]
-
-
-def _files_of(path: Path) -> Iterator[Path]:
-    """Yield a file, or the files in a folder of slices."""
-    base, _ = split_choice(path)
-    yield from sorted(inner for inner in ([base] if base.is_file() else base.glob("*")) if inner.is_file())

@@ -64,18 +64,25 @@ def has_choice(path: Path) -> bool:
     return bool(dicom_members.split_choice(Path(path))[1])
 
 
+def files_of(path: Path) -> list[Path]:
+    """Return the files that an image lies in: one, those directly in a folder, or a header and its voxels."""
+    base, _ = dicom_members.split_choice(Path(path))
+    if base.is_dir():
+        return sorted(entry for entry in base.iterdir() if entry.is_file())
+    return [base, *itk.find_voxels(base)] if base.suffix.lower() == ".mhd" else [base]
+
+
 def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file, or of the names and contents of all files directly in a folder.
+    """Return the SHA-256 of a file, or of the names and contents of all files that an image lies in.
 
     Raises:
         OSError: nothing is there.
     """
     base, _ = dicom_members.split_choice(Path(path))
-    if not base.is_dir():
+    found = files_of(path)
+    if found == [base]:
         return atomic.sha256(base)
-    listed = [
-        f"{entry.name}\0{atomic.sha256(entry)}\n" for entry in sorted(base.iterdir()) if entry.is_file()
-    ]
+    listed = [f"{entry.name}\0{atomic.sha256(entry)}\n" for entry in found]
     return hashlib.sha256("".join(listed).encode()).hexdigest()
 
 
@@ -91,6 +98,11 @@ def list_series(path: Path) -> list[int]:
 def is_picture(path: Path) -> bool:
     """Tell whether a DICOM path holds a picture without a place in a patient, by its header alone."""
     return _format_of(path).is_picture(Path(path))
+
+
+def is_in_pixels(path: Path) -> bool:
+    """Tell whether an image has no place in a patient, by its suffix and, of DICOM, its header alone."""
+    return _format_of(path) is image2d or (suffix_of(path) == DICOM and is_picture(path))
 
 
 def read(path: Path, as_label: bool = False) -> Volume:

@@ -121,6 +121,15 @@ def _affine_of(image: Any) -> np.ndarray:
     return affine
 
 
+def find_voxels(header: Path) -> list[Path]:
+    """Return the file of voxels beside a MetaImage header, none where they are in it or it cannot be read."""
+    try:
+        found = _find_meta(header).path
+    except (OSError, FileFormatError):
+        return []
+    return [found] if found != header else []
+
+
 def _find_meta(path: Path) -> _Payload:
     fields, end = _header_fields(path, "=", lambda key, line: key == "elementdatafile")
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -174,6 +175,8 @@ def write_phantom(
     size = DEFAULT_SIZE.get(dimension, 0) if size is None else size
     _check(folder, dimension, patients_per_site, size, seed, sites)
     suffix = ".png" if dimension == 2 else ".nii.gz"
+    whole, folder = folder, folder.resolve().with_name(f".{folder.resolve().name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)  # of one that was interrupted
     rows = []
     for name in sites:
         for number in range(patients_per_site):
@@ -199,7 +202,13 @@ def write_phantom(
         },
     )
     atomic.write_text(folder / "index.csv", table.getvalue())
-    return folder
+    if not whole.exists():
+        folder.replace(whole)
+    else:
+        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == "index.csv"):
+            entry.replace(whole / entry.name)
+        folder.rmdir()
+    return whole
 
 
 def _check(folder: Path, dimension: int, patients: int, size: int, seed: int, sites: Sequence[str]) -> None:
@@ -220,7 +229,10 @@ def _check(folder: Path, dimension: int, patients: int, size: int, seed: int, si
     if not sites or len(set(sites)) < len(sites):
         raise ConfigError(f"sites {list(sites)}", where="phantom", expected="at least one, each once")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError("something is already there", where=folder, expected="a new or empty folder")
+        raise ConfigError(
+            "something is already there", where=folder, expected="a new or empty folder",
+            fix="delete it, or choose another",
+        )  # fmt: skip
 
 
 def examine(

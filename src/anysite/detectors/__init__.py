@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -73,6 +73,7 @@ class Output:
             view of one window saw it all.
         whole: Intensities normalised alike everywhere, where `image` is normalised by each voxel's surroundings, which
             takes away much of what scanners differ in.
+        decide: How a class is found from the probabilities, as for the mask that is written.
     """
 
     image: Float[np.ndarray, "c *s"]
@@ -81,12 +82,13 @@ class Output:
     layers: tuple[Layer, ...]
     agreement: Agreement | None = None
     whole: Float[np.ndarray, "c *s"] | None = None
+    decide: Callable[[np.ndarray], np.ndarray] = find_likeliest
 
     @cached_property
     def label(self) -> Integer[np.ndarray, "*s"]:
-        """The likeliest class of every voxel; of regions a number for every set of them."""
+        """The class of every voxel; of regions a number for every set of them."""
         if not self.overlapping:
-            return find_likeliest(self.probabilities)
+            return self.decide(self.probabilities)
         label = np.zeros(self.probabilities.shape[1:], np.int32)
         for index, chance in enumerate(self.probabilities):
             label |= (chance > 0.5).astype(np.int32) << index

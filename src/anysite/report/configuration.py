@@ -29,7 +29,7 @@ def describe_run(run: dict[str, Any]) -> RunFacts:
     """Turn one entry of `predictions.json`'s runs into texts without absolute paths."""
     parts = ("config", "plan", "versions")
     return RunFacts(
-        name=_text(run.get("method") or run.get("preset") or "run"),
+        name=_text(run.get("preset") or "run"),
         facts=flatten({key: value for key, value in run.items() if key not in parts}),
         plan=_plan(run.get("plan")),
         config=flatten(run.get("config") or {}),
@@ -76,18 +76,11 @@ def flatten(content: Any, prefix: str = "") -> Entries:
 
 
 def _plan(plan: Any) -> tuple[tuple[str, str, str], ...]:
-    """Accept a plan with `reasons` beside its values, or with value and reason in each entry."""
+    """Return name and value of every choice, and behind them the reasons."""
     if not isinstance(plan, dict):
         return ()
     reasons = plan.get("reasons")
-    entries = []
-    for name, value in plan.items():
-        if name == "reasons":
-            continue
-        reason = reasons.get(name, "") if isinstance(reasons, dict) else ""
-        if isinstance(value, dict) and "value" in value:
-            reason, value = value.get("reason", reason), value["value"]
-        entries.append((str(name), _text(value), _text(reason)))
+    entries = [(str(name), _text(value), "") for name, value in plan.items() if name != "reasons"]
     if isinstance(reasons, list):
         entries.extend(("", "", _text(reason)) for reason in reasons)
     return tuple(entries)

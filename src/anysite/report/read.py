@@ -22,6 +22,7 @@ from pydantic import (
 
 from anysite import atomic
 from anysite.errors import DataError, FileFormatError, describe_invalid
+from anysite.manifest import join_parts
 from anysite.rows import SHARED, number_rows, split_sites
 
 
@@ -256,7 +257,7 @@ def _read_predictions(folder: Path) -> Predictions:
             raise FileFormatError(
                 describe_invalid(error), where=path, expected="the record of a prediction"
             ) from None
-    cases = {name: case for part in parts for name, case in part.cases.items()}
+    cases = join_parts([part.cases for part in parts], lambda case: case.status)
     for name, verdict in _read_verdicts(folder).items():
         if name in cases:
             cases[name] = cases[name].model_copy(update={"verdict": verdict})

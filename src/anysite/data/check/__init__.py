@@ -99,30 +99,18 @@ def inspect_dataset(
                 error.where,
             )  # fmt: skip
             return Inspection((problem,), ())
-    if dataset.tasks:
-        parts = [inspect_dataset(dataset.of_task(name), threads, progress) for name in dataset.tasks]
-        found = _ordered([*named, *(problem for part in parts for problem in part.problems)])
-        sites = tuple(site for part in parts for site in part.sites)
-        return Inspection(found, sites, tuple(shift for part in parts for shift in part.shift))
-    readings = _read(dataset, threads, progress)
-    dataset, undeclared = _with_classes(dataset, readings)
-    found = _ordered(
-        [
-            *(problem for reading in readings for problem in reading.problems),
-            *undeclared,
-            *check_geometry(readings),
-            *check_intensities(readings),
-            *labels.check_values(dataset, readings),
-            *labels.check_labels(dataset, readings),
-            *find_copies(readings),
-            *find_near_copies(readings),
-            *check_patients(dataset),
-            *named,
-        ]
+    parts = _parts_of(dataset)
+    by_part = [_read(part, threads, progress) for part in parts]
+    inspected = [_inspect(part, readings) for part, readings in zip(parts, by_part, strict=True)]
+    # Of several datasets in one an image may also be in two.
+    everything = [reading for readings in by_part for reading in readings]
+    copies = [*find_copies(everything), *find_near_copies(everything)]
+    problems = [problem for part in inspected for problem in part.problems]
+    return Inspection(
+        problems=_ordered([*problems, *copies, *named]),
+        sites=tuple(site for part in inspected for site in part.sites),
+        shift=tuple(shift for part in inspected for shift in part.shift),
     )
-    shift = measure_shift(dataset, readings)
-    summaries = tuple(_summary(dataset, readings, domain) for domain in dataset.domains)
-    return Inspection(found, summaries, () if shift is None else (shift,))
 
 
 def require_sound(dataset: Dataset, threads: int | None = None) -> None:
@@ -131,18 +119,39 @@ def require_sound(dataset: Dataset, threads: int | None = None) -> None:
     Raises:
         FaultyDataError: there are errors, as `check_dataset` would list them.
     """
-    parts = [dataset.of_task(name) for name in dataset.tasks] if dataset.tasks else [dataset]
     errors: list[Problem] = []
-    for part in parts:
+    everything: list[Reading] = []
+    for part in _parts_of(dataset):
         readings = _read(part, threads, measured=False)
         part, undeclared = _with_classes(part, readings)
         errors += [problem for reading in readings for problem in reading.problems]
-        errors += [
-            *undeclared, *check_counts(readings), *labels.check_values(part, readings), *find_copies(readings)
-        ]  # fmt: skip
+        errors += [*undeclared, *check_counts(readings), *labels.check_values(part, readings)]
+        everything += readings
+    errors += find_copies(everything)
     errors = [problem for problem in errors if problem.severity == "error"]
     if errors:
         raise FaultyDataError([_as_line(problem) for problem in errors], where=dataset.name)
+
+
+def _parts_of(dataset: Dataset) -> list[Dataset]:
+    return [dataset.of_task(name) for name in dataset.tasks] if dataset.tasks else [dataset]
+
+
+def _inspect(dataset: Dataset, readings: Sequence[Reading]) -> Inspection:
+    """Return what is wrong with one dataset, beside images that are there twice, and its sites."""
+    dataset, undeclared = _with_classes(dataset, readings)
+    problems = (
+        *(problem for reading in readings for problem in reading.problems),
+        *undeclared,
+        *check_geometry(readings),
+        *check_intensities(readings),
+        *labels.check_values(dataset, readings),
+        *labels.check_labels(dataset, readings),
+        *check_patients(dataset),
+    )
+    shift = measure_shift(dataset, readings)
+    summaries = tuple(_summary(dataset, readings, domain) for domain in dataset.domains)
+    return Inspection(problems, summaries, () if shift is None else (shift,))
 
 
 def _as_line(problem: Problem) -> str:

@@ -31,6 +31,9 @@ VOTES = 4  # landmarks that agree on how far an image is shifted against another
 OVERLAP = 0.5  # of the smaller image, and at least
 CELLS = 400
 
+_MEND = "remove one, or give both the same patient"
+_MEND_JOINTLY = "remove one, or list the very same file in both datasets"
+
 Pairs = dict[tuple[int, int], float]
 
 
@@ -41,15 +44,16 @@ def find_copies(readings: Sequence[Reading]) -> Iterator[Problem]:
         if not reading.digest or reading.constant:
             continue
         case, other = reading.case, first.setdefault(reading.digest, reading.case)
-        if other is not case:
-            crossing = case.patient != other.patient
-            yield of_case(
-                "identical images", case, case.image_paths[0],
-                f"the same voxels as case {other.id}" + (f" of patient {other.patient}" if crossing else ""),
-                "every image once",
-                "remove one, or give both the same patient",
-                "error" if crossing else "warning",
-            )  # fmt: skip
+        if other is case or (case.task != other.task and case.patient == other.patient):
+            continue  # the latter: one image with the labels of two datasets
+        crossing = case.patient != other.patient
+        yield of_case(
+            "identical images", case, case.image_paths[0],
+            f"the same voxels as case {other.id}" + (f" of patient {other.patient}" if crossing else ""),
+            "every image once",
+            _MEND if case.task == other.task else _MEND_JOINTLY,
+            "error" if crossing else "warning",
+        )  # fmt: skip
 
 
 def find_near_copies(readings: Sequence[Reading]) -> Iterator[Problem]:
@@ -69,7 +73,7 @@ def find_near_copies(readings: Sequence[Reading]) -> Iterator[Problem]:
                     f"shows what case {one.id} of patient {one.patient} shows, saved anew, resized, turned, padded "
                     f"or cropped (correlation of details {alike:.3f})",
                     "other images for other patients",
-                    "look at both; remove one, or give both the same patient",
+                    f"look at both; {_MEND if one.task == other.task else _MEND_JOINTLY}",
                 )  # fmt: skip
 
 
