@@ -19,11 +19,12 @@ def write_robustness_tables(text: str) -> str:
     for name, entry in read_index().items():
         if "corruptions" not in entry or not (RESULTS / name).is_file():
             continue
-        every = list(read_results(name))
+        files = [name, *entry.get("beside", "").split()]
+        every = [row for file in files for row in read_results(file)]
         corrupted = {_trained(row) for row in every if not is_clean(row)}
         rows = [row for row in every if _trained(row) in corrupted and row.metric == "dice"]
         lines += [f"**{entry['corruptions']}**", "", *_describe(rows, entry.get("baseline", "baseline")), ""]
-        lines += describe_origin(name, entry)
+        lines += [line for file in files for line in describe_origin(file, read_index()[file])]
     return between_markers(text, lines)
 
 
