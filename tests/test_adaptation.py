@@ -646,6 +646,7 @@ def test_probabilities_before_and_after_are_averaged_by_the_share_asked_for(run:
         np.testing.assert_allclose(predict("tent:always", first_share=share).raw.array, expected, atol=1e-6)
     assert choose_adapter(run.config.predict, "tent").adapt.first_share == 0.5
     configured = choose_adapter(run.config.predict, "refseg").model_copy(deep=True)
+    assert choose_adapter(run.config.predict, "tent").adapt.settings == run.config.predict.adapt.settings
     configured.adapt.settings["steps"] = 3
     assert choose_adapter(configured, "standard_views").adapt.settings == {}  # they are of refseg
     assert choose_adapter(configured, "refseg:always").adapt.settings == {"steps": 3}

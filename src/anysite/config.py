@@ -75,7 +75,8 @@ def choose_adapter(settings: PredictSettings, name: str) -> PredictSettings:
     if how and known in registry.ADAPTERS:  # a name with a colon is otherwise that of a class outside anysite
         raise ConfigError(f"{name!r}", where="adapt", expected=f"{known} or {known}:always")
     changes: dict[str, Any] = {"method": method}
-    if method != settings.adapt.method:
+    former, chosen = (registry.AUTO_ADAPTER if m == "auto" else m for m in (settings.adapt.method, method))
+    if former not in ("none", chosen):
         changes["settings"] = {}  # they are of another adapter
     if method != name:
         changes |= {"only_shifted": False, "guard": False, "first_share": 0.0}
