@@ -40,6 +40,7 @@ from anysite.settings import AugmentSettings, PlanSettings, TrainSettings
 from anysite.splits import split
 from anysite.train import train
 from anysite.transfer import require_unseen
+from anysite.validation import dice_of_maps
 from conftest import small_config
 
 
@@ -440,6 +441,9 @@ def test_a_class_has_to_beat_all_that_its_dataset_does_not_label(organs: Path) -
             expected[voxel] = 3
     assert np.array_equal(plan.decide(chances), expected)
     assert set(expected) == {0, 1, 2, 3}
+    # What is shown while training is measured on masks that are decided alike.
+    label = torch.from_numpy(expected)
+    assert dice_of_maps(torch.from_numpy(chances), label, plan, [0, 1, 2, 3]) == [1.0, 1.0, 1.0]
     left_out = plan.model_copy(update={"unknown": "left_out"})
     assert np.array_equal(left_out.decide(chances), chances.argmax(0))
     # The same as being told which dataset it is, where that one wins at all.

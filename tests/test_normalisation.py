@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
 from anysite.normalisation import (
-    LEAST_CONTRAST,
     Normalisation,
     compare_to_surroundings,
     even_out,
@@ -29,14 +28,15 @@ def textured(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return ((values - values.mean()) / values.std()).astype(np.float32)
 
 
-def even_out_slowly(values: np.ndarray, sigma_voxels: tuple[float, ...]) -> np.ndarray:
+def even_out_slowly(values: np.ndarray, sigma_voxels: tuple[float, ...], least_contrast: float) -> np.ndarray:
     """What `even_out` says it does, on the full grid and in double precision."""
     wide = values.astype(float)
     centred = wide - gaussian_filter(wide, sigma_voxels, mode="reflect")
     contrast = np.sqrt(gaussian_filter(centred**2, sigma_voxels, mode="reflect"))
-    return centred / (contrast + LEAST_CONTRAST)
+    return centred / (contrast + least_contrast)
 
 
+@pytest.mark.parametrize("least_contrast", [0.1, 0.6])
 @pytest.mark.parametrize(
     ("shape", "sigma_voxels", "tolerance"),
     [
@@ -48,10 +48,11 @@ def even_out_slowly(values: np.ndarray, sigma_voxels: tuple[float, ...]) -> np.n
     ],
 )
 def test_surroundings_are_those_of_a_gaussian(
-    shape: tuple[int, ...], sigma_voxels: tuple[float, ...], tolerance: float
+    shape: tuple[int, ...], sigma_voxels: tuple[float, ...], tolerance: float, least_contrast: float
 ) -> None:
     values = textured(shape)
-    found, expected = even_out(values, sigma_voxels), even_out_slowly(values, sigma_voxels)
+    found = even_out(values, sigma_voxels, least_contrast)
+    expected = even_out_slowly(values, sigma_voxels, least_contrast)
     assert found.dtype == np.float32
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
@@ -61,7 +62,8 @@ def test_slices_do_not_look_at_each_other() -> None:
     other = volume.copy()
     other[1:] = 0
     sigma_voxels = (0.0, 20.0, 20.0)
-    np.testing.assert_array_equal(even_out(volume, sigma_voxels)[0], even_out(other, sigma_voxels)[0])
+    found, expected = (even_out(values, sigma_voxels, 0.1) for values in (volume, other))
+    np.testing.assert_array_equal(found[0], expected[0])
 
 
 @settings(deadline=None, max_examples=20)
@@ -96,8 +98,13 @@ def test_an_image_of_one_value_becomes_zero(value: float) -> None:
 def test_noise_in_air_stays_below_anatomy() -> None:
     image = textured((128, 128)) * 100
     image[:, 64:] = np.random.default_rng(1).normal(size=(128, 64))
-    found = normalise(image, Normalisation(kind="local", sigma_voxels=(8.0, 8.0)))
-    assert found[:, 100:].std() < 0.2 * found[:, :40].std()
+
+    def noise(least_contrast: float) -> float:
+        local = Normalisation(kind="local", sigma_voxels=(8.0, 8.0), least_contrast=least_contrast)
+        found = normalise(image, local)
+        return float(found[:, 100:].std() / found[:, :40].std())
+
+    assert noise(0.6) < noise(0.1) / 2 < 0.1
 
 
 def test_a_larger_field_of_view_changes_no_surroundings() -> None:

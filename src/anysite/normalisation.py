@@ -12,7 +12,6 @@ from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 
 CLIP_PERCENTILES = (0.5, 99.5)
-LEAST_CONTRAST = 0.1  # of the image's own: noise in air is not to look like anatomy
 LEAST_SIZE = 32  # coarse voxels along an axis, where the image has as many
 FINE = 8.0  # coarse voxels a standard deviation; a map so smooth needs no more of them
 
@@ -26,6 +25,7 @@ class Normalisation(BaseModel):
     Attributes:
         sigma_voxels: Of "local", how far surroundings reach along each axis of the plan's grid: the standard
             deviation of a Gaussian, 0 for an axis across which slices are not compared.
+        least_contrast: Of "local", in standard deviations of the image, what is added to those of the surroundings.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,6 +35,7 @@ class Normalisation(BaseModel):
     low: float = 0.0
     high: float = 1.0
     sigma_voxels: tuple[float, ...] = ()
+    least_contrast: float = 0.1
 
 
 def normalise_as_a_whole(
@@ -59,10 +60,12 @@ def compare_to_surroundings(
     """Return a channel that is normalised as a whole, of "local" by each voxel's surroundings too."""
     if normalisation.kind != "local":
         return channel
-    return _standardise(even_out(channel, normalisation.sigma_voxels))
+    return _standardise(even_out(channel, normalisation.sigma_voxels, normalisation.least_contrast))
 
 
-def even_out(values: Float[np.ndarray, "*s"], sigma_voxels: tuple[float, ...]) -> Float[np.ndarray, "*s"]:
+def even_out(
+    values: Float[np.ndarray, "*s"], sigma_voxels: tuple[float, ...], least_contrast: float
+) -> Float[np.ndarray, "*s"]:
     """Return how far each voxel lies from its surroundings' mean, in their standard deviations.
 
     Local contrast normalisation: Jarrett, Kavukcuoglu, Ranzato, LeCun, 2009,
@@ -72,11 +75,12 @@ def even_out(values: Float[np.ndarray, "*s"], sigma_voxels: tuple[float, ...]) -
     Args:
         values: Of unit variance.
         sigma_voxels: Standard deviation of the Gaussian that weighs the surroundings, for each axis.
+        least_contrast: Added to the deviations: the larger, the less noise in air looks like anatomy.
     """
     centred = values - _smooth(values, sigma_voxels)
     contrast = _smooth(np.square(centred), sigma_voxels)
     np.sqrt(contrast, out=contrast)
-    contrast += LEAST_CONTRAST
+    contrast += least_contrast
     return np.divide(centred, contrast, out=centred)
 
 

@@ -321,7 +321,8 @@ def _choose_normalisation(
                 low=low,
                 high=high,
                 sigma_voxels=sigma if kind == "local" else (),
-            )  # fmt: skip
+                least_contrast=settings.least_contrast,
+            )
         )
     return tuple(result)
 

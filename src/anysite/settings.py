@@ -52,6 +52,12 @@ class PlanSettings(Settings):
         description="auto: Hounsfield units by the training images, others by the image itself (case); "
         "local: in place of case, by each voxel's surroundings too",
     )
+    least_contrast: float = Field(
+        default=0.1,
+        gt=0,
+        description="of local: added to every voxel's surroundings' deviation, in deviations of the image; the larger, "
+        "the less noise in the dark is taken for anatomy, and the more is left of what scanners differ in",
+    )
 
     @field_validator("spacing", "patch_size")
     @classmethod

@@ -57,7 +57,7 @@ def dice_of_maps(probabilities: Tensor, label: Tensor, plan: Plan, known: Sequen
             for p, r in zip(probabilities, plan.regions, strict=True)
         ]
     else:
-        decided = probabilities.max(0).indices  # argmax is slow along a first axis
+        decided = torch.from_numpy(plan.decide(probabilities.numpy()))
         pairs = [(decided == k, label == k) for k in known if k > 0]
     sums = [(2 * int((a & b).sum()), int(a.sum()) + int(b.sum())) for a, b in pairs]
     return [both / either for both, either in sums if either]
