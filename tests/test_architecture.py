@@ -168,6 +168,13 @@ def test_starts_without_torch(statement: str) -> None:
     assert result.stdout.strip() == "[]"
 
 
+def test_prediction_loads_nothing_that_training_alone_needs() -> None:
+    slow = ("scipy.stats", "scipy.optimize", "monai", "lightning_fabric")
+    command = f"import sys, anysite.predict; print([m for m in {slow} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["methods"], ["train", "--help"]])
 def test_help_and_methods_import_no_torch(arguments: list[str]) -> None:
     command = (

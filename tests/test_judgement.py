@@ -147,7 +147,7 @@ def test_the_interval_holds_the_stated_share_however_alike_the_images_of_a_patie
 
 def test_the_interval_of_many_patients_is_that_of_conformal_prediction(rng: np.random.Generator) -> None:
     held = []
-    for _ in range(2000):
+    for _ in range(800):
         errors = rng.exponential(size=200)
         low, high = quality.find_margins(errors, [str(index) for index in range(200)], 0.9)
         assert high >= np.sort(errors)[math.ceil(201 * 0.95) - 1]

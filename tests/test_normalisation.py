@@ -14,6 +14,7 @@ from anysite.normalisation import (
     Normalisation,
     compare_to_surroundings,
     even_out,
+    measure_noise,
     normalise_as_a_whole,
 )
 
@@ -112,3 +113,27 @@ def test_a_larger_field_of_view_changes_no_surroundings() -> None:
     local = Normalisation(kind="local", sigma_voxels=(16.0, 16.0))
     larger = normalise(np.pad(image, 64, mode="symmetric"), local)[64:-64, 64:-64]
     np.testing.assert_allclose(larger[64:-64, 64:-64], normalise(image, local)[64:-64, 64:-64], atol=0.1)
+
+
+@pytest.mark.parametrize("shape", [(200, 180), (12, 60, 60)])
+def test_noise_is_measured_beside_anatomy(shape: tuple[int, ...], rng: np.random.Generator) -> None:
+    image = textured(shape)
+    image[..., 40:] += 3  # a contour
+    assert measure_noise(image) < 0.05
+    noisy = (image + rng.normal(0, 0.5, shape)).astype(np.float32)
+    assert measure_noise(noisy) == pytest.approx(0.5, rel=0.05)
+    assert measure_noise(image[..., :2]) == 0.0  # too thin to tell
+
+
+def test_noisy_images_are_compared_to_their_surroundings_the_less(rng: np.random.Generator) -> None:
+    image = textured((128, 128))
+    image[:, 64:] *= 0.1
+    noisy = image + rng.normal(0, 0.3, image.shape).astype(np.float32)
+
+    def lifted(values: np.ndarray, noise_contrast: float) -> float:
+        local = Normalisation(kind="local", sigma_voxels=(8.0, 8.0), noise_contrast=noise_contrast)
+        found = normalise(values, local)
+        return float(found[:, 90:].std() / found[:, :40].std())
+
+    assert lifted(noisy, 3.0) < 0.7 * lifted(noisy, 0.0)
+    assert lifted(image, 3.0) == pytest.approx(lifted(image, 0.0), rel=0.1)

@@ -448,10 +448,10 @@ def test_case_normalisation_heeds_contrast_whatever_its_unit(scale: float) -> No
 def test_a_plan_learns_how_far_surroundings_reach(
     tmp_path: Path, shape: Any, spacing: Any, expected: tuple[float, ...]
 ) -> None:
-    given = PlanSettings(normalisation="local", least_contrast=0.3)
+    given = PlanSettings(normalisation="local", least_contrast=0.3, noise_contrast=2.0)
     learned = learn_plan(write_dataset(tmp_path, [shape] * 2, spacing), given)
     (one,) = learned.normalisation
-    assert (one.kind, one.least_contrast) == ("local", 0.3)
+    assert (one.kind, one.least_contrast, one.noise_contrast) == ("local", 0.3, 2.0)
     sigma_mm = np.multiply(one.sigma_voxels, learned.spacing)
     own = np.multiply(shape, spacing)[["RAS".index(a) for a in learned.axes]]
     assert sigma_mm[-1] == pytest.approx(LOCAL_SHARE * own[-2:].min(), abs=0.01)

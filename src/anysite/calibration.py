@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer
-from scipy import ndimage, optimize, special
+from scipy import ndimage, special
 
 CALIBRATION_METRICS: dict[str, str] = {
     "ece": "mean distance of accuracy from confidence, in 15 bins of equal width weighted by their voxels",
@@ -210,6 +210,8 @@ def select_band(
 
 def _minimise(probabilities: np.ndarray, truth: np.ndarray, overlapping: bool) -> float:
     """Return the one temperature of the smallest negative log-likelihood; 1 where there is no voxel."""
+    from scipy import optimize  # slow to import, which prediction does without
+
     if not probabilities.size:
         return 1.0
     chances = probabilities.astype(np.float64)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 from anysite.errors import DataError
 
@@ -56,6 +55,8 @@ def area_under_roc(known: Numbers, strange: Numbers) -> float:
     Raises:
         DataError: one of the two is empty, or a score is not a number.
     """
+    from scipy import stats  # slow to import, which prediction does without
+
     known_, strange_ = _scores(known), _scores(strange)
     ranks = stats.rankdata(np.concatenate([known_, strange_]))
     above = ranks[len(known_) :].sum() - len(strange_) * (len(strange_) + 1) / 2
@@ -122,6 +123,8 @@ def area_under_generalised_risk_coverage(risks: Numbers, scores: Numbers) -> flo
 
 def rank_correlation(risks: Numbers, scores: Numbers) -> float | None:
     """Return Spearman's correlation of score and risk, none where one of them is constant."""
+    from scipy import stats  # slow to import, which prediction does without
+
     one, other = stats.rankdata(_scores(risks)), stats.rankdata(_scores(scores))
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return None
@@ -134,6 +137,8 @@ def exact_interval(count: int, of: int, level: float = 0.95) -> tuple[float, flo
     Raises:
         DataError: not a count out of a positive number.
     """
+    from scipy import stats  # slow to import, which prediction does without
+
     if not 0 <= count <= of or of == 0:
         raise DataError(f"{count} of {of}", expected="a count out of a positive number")
     interval = stats.binomtest(count, of).proportion_ci(level, "exact")

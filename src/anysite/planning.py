@@ -322,6 +322,7 @@ def _choose_normalisation(
                 high=high,
                 sigma_voxels=sigma if kind == "local" else (),
                 least_contrast=settings.least_contrast,
+                noise_contrast=settings.noise_contrast,
             )
         )
     return tuple(result)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy import optimize, special
+from scipy import special
 
 Signs = Float[np.ndarray, "n d"]
 RIDGE = 1e-2  # keeps signs that say the same from cancelling each other
@@ -37,6 +37,8 @@ def fit_shift(signs: Signs, shifted: Bool[np.ndarray, " n"]) -> Float[np.ndarray
         signs: Of held-out images, and of copies of them under synthetic shifts.
         shifted: Which are such copies.
     """
+    from scipy import optimize  # slow to import, which prediction does without
+
     weight = np.where(shifted, 0.5 / max(1, shifted.sum()), 0.5 / max(1, (~shifted).sum()))
     direction = np.where(shifted, 1.0, -1.0)
 
@@ -61,6 +63,8 @@ def fit_dice(signs: Signs, dice: Float[np.ndarray, " n"]) -> Float[np.ndarray, "
         signs: Of images.
         dice: Of their masks, the mean over classes.
     """
+    from scipy import optimize  # slow to import, which prediction does without
+
     count, width = signs.shape
     design = np.concatenate([np.ones((count, 1)), -signs], 1)
     ridge = np.concatenate([np.zeros((width, 1)), math.sqrt(RIDGE * count) * np.eye(width)], 1)

@@ -58,6 +58,12 @@ class PlanSettings(Settings):
         description="of local: added to every voxel's surroundings' deviation, in deviations of the image; the larger, "
         "the less noise in the dark is taken for anatomy, and the more is left of what scanners differ in",
     )
+    noise_contrast: float = Field(
+        default=0.0,
+        ge=0,
+        description="of local: how many times an image's noise is added to it as well, so that noisy images are "
+        "compared to their surroundings the less",
+    )
 
     @field_validator("spacing", "patch_size")
     @classmethod

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 from anysite.errors import ConfigError, DataError
 
@@ -162,6 +161,8 @@ def _mean_by_patient(values: Sequence[float], patients: Sequence[str]) -> Float[
 
 
 def _p_value(differences: Float[np.ndarray, " n"]) -> float:
+    from scipy import stats  # slow to import, which prediction does without
+
     if not differences.any():  # SciPy would divide by zero
         return 1.0
     result: Any = stats.wilcoxon(differences, zero_method="pratt")
