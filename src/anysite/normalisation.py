@@ -15,7 +15,7 @@ CLIP_PERCENTILES = (0.5, 99.5)
 LEAST_SIZE = 32  # coarse voxels along an axis, where the image has as many
 FINE = 8.0  # coarse voxels a standard deviation; a map so smooth needs no more of them
 # Of noise what it is, of a plane or an edge along an axis nothing: in units of independent noise's deviation.
-MIXED_DIFFERENCE = np.float32([[1, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6
+MIXED_DIFFERENCE = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32) / 6
 MEDIAN_OF_NORMAL = 0.6745
 
 
