@@ -162,6 +162,7 @@ VERDICT = {"decision": "review", "reasons": ["odd"], "predicted_dice": None, "sc
 
 def write_manifest(path: Path) -> None:
     manifest = Manifest(path.parent, "1/1", "origin", {})
+    manifest.write()
     manifest.claim(MANY)
 
 

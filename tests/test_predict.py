@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from anysite.data.case import Case, Dataset
 from anysite.data.layouts import open_dataset, open_images
 from anysite.data.phantom import write_phantom
 from anysite.data.volume import Volume
+from anysite.describe import describe
 from anysite.errors import ConfigError, DataError, FileFormatError
 from anysite.postprocessing import combine
 from anysite.roles import split_of
@@ -364,6 +366,44 @@ def test_an_interrupted_call_continues(
             assert predict.read_manifests(folder)["cases"] == {}
     for folder in (tmp_path, tmp_path / "fresh"):
         assert set(segment([run], few(phantom), folder).values()) == {"done"}
+
+
+def test_what_a_killed_call_had_done_is_in_its_journal(phantom: Dataset, run: Run, tmp_path: Path) -> None:
+    cases = phantom.cases[:4]
+    going = predict.predict([run], cases, tmp_path / "killed")
+    assert isinstance(going, Generator)
+    done = {next(going).case.id, next(going).case.id}
+    assert json.loads((tmp_path / "killed" / "predictions.json").read_text())["cases"] == {}
+    shutil.copytree(tmp_path / "killed", tmp_path / "copy", ignore=shutil.ignore_patterns("*.lock"))
+    (journal,) = (tmp_path / "copy").glob("*.journal")
+    for torn in ("", '{"cases": {"half'):
+        atomic.append(journal, torn)
+        found = predict.read_manifests(tmp_path / "copy")
+        assert found["cases"].keys() == done
+        assert all(found["files"][entry["mask"]] == entry["sha256"] for entry in found["cases"].values())
+    assert describe(tmp_path / "copy")["cases"] == {"done": 2}
+    kept = journal.read_text()
+    statuses = {o.case.id: o.status for o in predict.predict([run], cases, tmp_path / "copy")}
+    assert {case for case, status in statuses.items() if status == "skipped"} == done
+    assert not journal.exists()
+    assert predict.read_manifests(tmp_path / "copy")["cases"].keys() == {case.id for case in cases}
+    journal.write_text(kept.replace(min(done), "other"))  # of the manifest that was there before
+    assert "other" not in predict.read_manifests(tmp_path / "copy")["cases"]
+    going.close()  # interrupted, not killed: the manifest is whole
+    assert json.loads((tmp_path / "killed" / "predictions.json").read_text())["cases"].keys() == done
+    assert not list((tmp_path / "killed").glob("*.journal"))
+
+
+def test_a_case_more_does_not_write_all_others_again(
+    phantom: Dataset, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    write_json = atomic.write_json
+    monkeypatch.setattr(
+        atomic, "write_json", lambda path, content: (written.append(path.name), write_json(path, content))
+    )
+    list(predict.predict([run], phantom.cases[:5], tmp_path))
+    assert written.count("predictions.json") == 2  # before the first and after the last
 
 
 @pytest.mark.parametrize(

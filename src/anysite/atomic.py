@@ -104,6 +104,30 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
+def append(path: Path, text: str) -> None:
+    """Add `text` to the end of `path`, as UTF-8; a kill may leave the last of it half-written, an error does not.
+
+    Raises:
+        FileFormatError: the file cannot be written.
+    """
+    try:
+        with path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                content = text.encode()
+                while content:
+                    content = content[file.write(content) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)
+                raise
+    except OSError as error:
+        with suppress(OSError):
+            if not path.stat().st_size:
+                path.unlink()
+        raise _unwritable(path, error) from error
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 

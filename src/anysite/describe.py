@@ -9,6 +9,7 @@ from anysite import atomic
 from anysite.data import files
 from anysite.data.layouts import is_dataset, open_dataset
 from anysite.errors import FileFormatError
+from anysite.manifest import MANIFESTS, read_content
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def describe(path: Path) -> dict[str, Any]:
         raise FileFormatError("no such file or folder", where=path)
     if (path / "run.json").is_file():
         return _describe_run(path)
-    if path.is_dir() and any(path.glob("predictions*.json")):
+    if path.is_dir() and any(path.glob(MANIFESTS)):
         return _describe_predictions(path)
     if files.suffix_of(path) and not is_dataset(path):
         volume = files.read(path)
@@ -76,8 +77,9 @@ def _describe_run(path: Path) -> dict[str, Any]:
 
 def _describe_predictions(path: Path) -> dict[str, Any]:
     entries: dict[str, Any] = {}
-    for part in sorted(path.glob("predictions*.json")):
-        entries |= _require(_read_object(part).get("cases", {}), dict, part)
+    for part in sorted(path.glob(MANIFESTS)):
+        content = _require(read_content(part), dict, part)
+        entries |= _require(content.get("cases", {}), dict, part)
     states = [entry.get("status", "unknown") for entry in entries.values() if isinstance(entry, dict)]
     return {"kind": "predictions", "cases": {state: states.count(state) for state in dict.fromkeys(states)}}
 

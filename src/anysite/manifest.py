@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,13 +16,17 @@ from anysite.errors import ConfigError, DataError, FileFormatError
 from anysite.judgement import DECISIONS
 
 MANIFEST, MANIFESTS = "predictions.json", "predictions*.json"
+JOURNAL = ".journal"  # after the manifest's name: lines of what changed since it was written
 UNADAPTED_FOLDER = "unadapted"  # the folder of masks without test-time adaptation
 DRAWINGS_FOLDER = "drawings"  # the folder of what is drawn from masks before and after it
 Entry = TypeVar("Entry")
 
 
 class Manifest:
-    """The manifest of one part of a prediction folder, stored again after every change.
+    """The manifest of one part of a prediction folder.
+
+    Every change is a line of a journal beside it at once, so that the thousandth case costs no more than the first;
+    `write` stores the whole anew, and the journal is gone. `read_content` reads both.
 
     "files" lists what this and earlier runs wrote, with the digest; a file listed by no manifest of the folder
     is somebody else's, and is neither replaced nor deleted.
@@ -39,6 +45,9 @@ class Manifest:
         self.files = _files_of(previous)
         self.cases = previous["cases"] if previous.get("origin") == origin else {}
         self.content = {"origin": origin, **facts, "cases": self.cases, "files": self.files}
+        self._journal = _journal_of(self.path)
+        self._changed: dict[str, str | None] = {}
+        self._gone: set[str] = set()
 
     def require_free(self, names: Iterable[str]) -> None:
         """Refuse to replace files that no manifest of the folder lists.
@@ -87,13 +96,15 @@ class Manifest:
     def claim(self, names: Iterable[str]) -> None:
         """List files before they are written, so that those of an interrupted call are known as its own."""
         new = [name for name in names if name not in self.files]
-        self.files.update(dict.fromkeys(new))
+        for name in new:
+            self._list(name, None)
         if new:
-            self.write()
+            self._append({})
 
     def add_file(self, name: str) -> str:
         """List a file just written, and return its digest."""
-        digest = self.files[name] = atomic.sha256(self.output / name)
+        digest = atomic.sha256(self.output / name)
+        self._list(name, digest)
         self.digests.setdefault(name, set()).add(digest)
         return digest
 
@@ -103,21 +114,88 @@ class Manifest:
             path = self.output / name
             if path.is_file() and atomic.sha256(path) in self.digests.get(name, ()):
                 path.unlink()
-            if not path.exists():
-                self.files.pop(name, None)
+            if not path.exists() and name in self.files:
+                del self.files[name]
+                self._changed.pop(name, None)
+                self._gone.add(name)
+
+    def enter(self, case: Case, entry: dict[str, Any]) -> None:
+        """Say what became of a case.
+
+        Raises:
+            FileFormatError: it cannot be written.
+        """
+        self.cases[case.id] = entry
+        self._append({case.id: entry})
 
     def write(self) -> None:
-        """Store the manifest.
+        """Store the whole manifest.
 
         Raises:
             FileFormatError: it cannot be written.
         """
         atomic.write_json(self.path, self.content)
+        self._journal.unlink(missing_ok=True)
+        self._changed, self._gone = {}, set()
+
+    def _list(self, name: str, digest: str | None) -> None:
+        self.files[name] = self._changed[name] = digest
+        self._gone.discard(name)
+
+    def _append(self, cases: dict[str, Any]) -> None:
+        lines: list[dict[str, Any]] = (
+            [] if self._journal.exists() else [{"extends": atomic.sha256(self.path)}]
+        )
+        lines.append({"cases": cases, "files": self._changed, "gone": sorted(self._gone)})
+        atomic.append(self._journal, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+        self._changed, self._gone = {}, set()
 
 
 def manifest_path(output: Path, part: str = "1/1") -> Path:
     """Return where the manifest of one part lies; parts run at once and must not share a file."""
     return output / (MANIFEST if part == "1/1" else f"predictions.{part.replace('/', '-of-')}.json")
+
+
+def read_content(path: Path) -> Any:
+    """Return what a manifest says, with what was entered since it was written whole.
+
+    Raises:
+        FileFormatError: the file is missing or is not JSON.
+    """
+    content, journal = atomic.read_json(path), _journal_of(path)
+    sound = isinstance(content, dict) and all(isinstance(content.get(n), dict) for n in ("cases", "files"))
+    if not sound or not journal.is_file():
+        return content
+    first, *lines = journal.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    # One that extends a manifest that is there no more is out of date; a last line may have been cut off.
+    if _parse(first).get("extends") == atomic.sha256(path):
+        for change in itertools.takewhile(_is_change, map(_parse, lines)):
+            content["cases"].update(change["cases"])
+            content["files"].update(change["files"])
+            for name in change["gone"]:
+                content["files"].pop(name, None)
+    return content
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_change(content: dict[str, Any]) -> bool:
+    return (
+        isinstance(content.get("cases"), dict)
+        and isinstance(content.get("files"), dict)
+        and isinstance(content.get("gone"), list)
+        and all(isinstance(name, str) for name in content["gone"])
+    )
+
+
+def _journal_of(path: Path) -> Path:
+    return path.with_name(path.name + JOURNAL)
 
 
 def read_manifests(folder: Path, origin: str | None = None) -> dict[str, Any]:
@@ -244,7 +322,7 @@ def _is_verdict(verdict: Any) -> bool:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    content = atomic.read_json(path)
+    content = read_content(path)
     cases = content.get("cases") if isinstance(content, dict) else None
     if (
         not isinstance(cases, dict)

@@ -195,20 +195,23 @@ def predict(
         manifest = Manifest(output, part, provenance.fingerprint(origin), facts)
         manifest.require_free([*outputs, *VERDICT_FILES])
         manifest.sweep(outputs)
-        manifest.claim(VERDICT_FILES)
         manifest.write()
+        manifest.claim(VERDICT_FILES)
         _write_verdicts(manifest, referral)  # those of other runs would pass for these
         segmenter: Segmenter | None = None
         learned_from = patients_judged_from(run_folders, cases)
-        for case in share:
-            if manifest.is_done(case, save_probabilities):
-                yield CaseOutcome(case, "skipped", verdict=_decision_of(manifest.cases[case.id]))
-                continue
-            segmenter = segmenter or Segmenter(run_folders, settings, accelerator)
-            split = split_of(case, run_folders, sites_known)
-            learned = split == "in_domain" and (case.domain, case.patient) in learned_from
-            role = {"split": split} | ({"judge_learned": True} if learned else {})
-            yield _attempt_case(segmenter, case, role, manifest, save_probabilities)
+        try:
+            for case in share:
+                if manifest.is_done(case, save_probabilities):
+                    yield CaseOutcome(case, "skipped", verdict=_decision_of(manifest.cases[case.id]))
+                    continue
+                segmenter = segmenter or Segmenter(run_folders, settings, accelerator)
+                split = split_of(case, run_folders, sites_known)
+                learned = split == "in_domain" and (case.domain, case.patient) in learned_from
+                role = {"split": split} | ({"judge_learned": True} if learned else {})
+                yield _attempt_case(segmenter, case, role, manifest, save_probabilities)
+        finally:
+            manifest.write()
         _write_verdicts(manifest, referral)
 
 
@@ -237,8 +240,7 @@ def _attempt_case(
         # Files of an earlier call would pass for this one's.
         manifest.remove_files([probabilities_name(case), drawings_name(case), *_masks_of(case)])
     seconds = time.monotonic() - began
-    manifest.cases[case.id] = entry | {"seconds": round(seconds, 3)}
-    manifest.write()
+    manifest.enter(case, entry | {"seconds": round(seconds, 3)})
     verdict = _decision_of(manifest.cases[case.id])
     return CaseOutcome(case, "failed" if error else "done", seconds, error, verdict)
 

@@ -22,7 +22,7 @@ from pydantic import (
 
 from anysite import atomic
 from anysite.errors import DataError, FileFormatError, describe_invalid
-from anysite.manifest import join_parts
+from anysite.manifest import join_parts, read_content
 from anysite.rows import SHARED, number_rows, split_sites
 
 
@@ -252,7 +252,7 @@ def _read_predictions(folder: Path) -> Predictions:
     parts: list[Predictions] = []
     for path in sorted(folder.glob(MANIFESTS)):
         try:
-            parts.append(Predictions.model_validate(atomic.read_json(path)))
+            parts.append(Predictions.model_validate(read_content(path)))
         except ValidationError as error:
             raise FileFormatError(
                 describe_invalid(error), where=path, expected="the record of a prediction"
