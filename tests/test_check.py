@@ -12,6 +12,7 @@ from PIL import Image
 from anysite.data import files
 from anysite.data.check import check_dataset, inspect_dataset, summarise
 from anysite.data.layouts import open_dataset
+from anysite.report.inspection import write_inspection
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
 
@@ -181,3 +182,17 @@ def test_spacing_is_compared_in_anatomical_axes(folder):
             save(folder / f"c0_{channel}.nii", image_of(channel, (4, 10, 9)), slices_first)
         save(folder / "c0_label.nii", label_of(1, 2, shape=(4, 10, 9)), slices_first)
         assert rules(folder) == expected
+
+
+def test_images_of_nearly_one_value_are_drawn(tmp_path: Path) -> None:
+    """Of puncta, which are fewer than what percentiles leave out, nothing is left to compare."""
+    for site in ("a", "b"):
+        for number in range(3):
+            image, label = np.zeros((64, 64), np.uint8), np.zeros((64, 64), np.uint8)
+            image[number, 5:8], label[number, 5:8] = 200, 1
+            for kind, array in (("images", image), ("masks", label)):
+                (tmp_path / site / kind).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(tmp_path / site / kind / f"{site}{number}.png")
+    inspection = inspect_dataset(open_dataset(tmp_path))
+    page = write_inspection(inspection, tmp_path / "check.html", "puncta")
+    assert "How much the sites differ" in page.read_text(encoding="utf-8")

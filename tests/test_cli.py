@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 
-from anysite import cli, commands, predict, registry, runs
+from anysite import atomic, cli, commands, console, predict, registry, runs
 from anysite.benchmark import Job, JobOutcome
 from anysite.data.phantom import write_phantom
 from anysite.errors import ConfigError
@@ -410,3 +410,22 @@ def test_real_processes_exit_with_the_same_codes(phantom_folder: Path, tmp_path:
     assert missing.returncode == 2
     assert missing.stdout == ""
     assert missing.stderr == f"error: {tmp_path / 'absent'}: no such file or folder.\n"
+
+
+def test_names_are_printed_as_they_are_whatever_they_look_like(
+    tmp_path: Path, phantom_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of sites are no markup, and those of files need not be UTF-8."""
+    shutil.copytree(phantom_folder, tmp_path / "odd")
+    table = (tmp_path / "odd" / "index.csv").read_text()
+    odd = re.sub(r"(?m)^([^,]*,[^,]*),north,", r"\1,[/b] north,", table)
+    assert odd != table
+    (tmp_path / "odd" / "index.csv").write_text(odd)
+    assert succeed("check", tmp_path / "odd").count("[/b] north") >= 2
+    console.say(f"M{os.fsdecode(bytes([0xFC]))}ller")
+    console.complain(ConfigError(f"M{os.fsdecode(bytes([0xFC]))}ller"))
+    found = capsys.readouterr()
+    assert "M\\udcfcller" in found.out
+    assert "M\\udcfcller" in found.err
+    atomic.write_text(tmp_path / "names.txt", f"M{os.fsdecode(bytes([0xFC]))}ller")
+    assert (tmp_path / "names.txt").read_text() == "M\\udcfcller"

@@ -316,6 +316,7 @@ def test_values_that_are_no_label_or_no_number(tmp_path):
         (np.full((2, 2, 2), -1), LabelError),
         (np.full((2, 2, 2), 3e9), LabelError),
         (np.full((2, 2, 2), np.nan), FileFormatError),
+        (np.full((2, 2, 2), np.finfo(np.float32).min), FileFormatError),
         (np.full((2, 2, 2), np.inf), FileFormatError),
         (np.arange(16).reshape(2, 2, 2, 2), LabelError),
     ):
@@ -330,3 +331,64 @@ def test_names():
     assert (files.suffix_of(other), files.stem_of(other)) == ("", "a")
     with pytest.raises(FileFormatError, match="no such file"):
         files.read(Path("nowhere.png"))
+
+
+OME = """<?xml version="1.0" encoding="UTF-8"?>
+<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0"
+DimensionOrder="XYZCT" Type="uint8" SizeX="8" SizeY="8" SizeZ="{pages}" SizeC="1" SizeT="1">
+<Channel ID="Channel:0:0" SamplesPerPixel="1"/><TiffData/></Pixels></Image></OME>"""
+
+
+@pytest.mark.parametrize("described", [2, 5])
+def test_a_description_of_other_pages_than_the_file_holds_is_refused(tmp_path: Path, described: int) -> None:
+    pages = np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8)
+    path = tmp_path / "stack.tif"
+    tifffile.imwrite(
+        path, pages, metadata=None, photometric="minisblack", description=OME.format(pages=described)
+    )
+    with pytest.raises(FileFormatError, match=f"a description of {described} pages; expected the 3 that"):
+        files.read(path)
+    tifffile.imwrite(path, pages, metadata=None, photometric="minisblack", description=OME.format(pages=3))
+    np.testing.assert_array_equal(files.read(path).array[0], pages)
+
+
+def test_pages_of_another_file_are_not_read(tmp_path: Path) -> None:
+    page = np.full((8, 8), 7, np.uint8)
+    (tmp_path / "secret").mkdir()
+    tifffile.imwrite(tmp_path / "secret" / "b.tif", page + 1, metadata=None)
+    data = "".join(
+        f'<TiffData IFD="0" FirstZ="{z}" PlaneCount="1"><UUID FileName="{name}">urn:uuid:{z}</UUID></TiffData>'
+        for z, name in enumerate(("a.tif", "secret/b.tif"))
+    )
+    description = OME.format(pages=2).replace("<TiffData/>", data)
+    tifffile.imwrite(tmp_path / "a.tif", page, metadata=None, description=description)
+    try:
+        found = files.read(tmp_path / "a.tif").array
+    except FileFormatError:
+        return
+    assert 8 not in found
+
+
+def test_signed_bytes_keep_their_sign_whatever_the_compression(tmp_path: Path) -> None:
+    values = np.arange(-128, 128).astype(np.int8).reshape(16, 16)
+    for compression in ("none", "deflate"):
+        tifffile.imwrite(tmp_path / f"{compression}.tif", values, compression=compression, metadata=None)
+        np.testing.assert_array_equal(files.read(tmp_path / f"{compression}.tif").array[0], values)
+    Image.fromarray(values.view(np.uint8)).save(
+        tmp_path / "lzw.tif", compression="tiff_lzw", tiffinfo={339: 2}
+    )
+    with tifffile.TiffFile(tmp_path / "lzw.tif") as tiff:
+        assert (tiff.series[0].dtype, int(tiff.series[0].keyframe.compression)) == (np.int8, 5)
+    np.testing.assert_array_equal(files.read(tmp_path / "lzw.tif").array[0], values)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.nii", "A.Nii.gz"])
+def test_what_a_library_says_of_a_file_names_no_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "Mueller_Hans"
+    folder.mkdir()
+    (folder / name).write_bytes(b"neither picture nor volume")
+    with pytest.raises(FileFormatError) as caught:
+        files.read(folder / name)
+    assert (
+        str(caught.value).count("Mueller_Hans") == 1
+    )  # where the file lies, which readers of tables leave out

@@ -106,6 +106,9 @@ def test_a_missing_or_unfitting_mask_is_named_and_the_rest_judged(
     assert not any(str(tmp_path) in outcome.error for outcome in outcomes)  # folders may name people
     assert "expected the grid of the image" in outcomes[1].error
     assert "failed" not in decisions(outcomes)[2:]
+    files.write_label(Volume(first.label().array * 9, np.eye(3), "px"), masks / f"{first.id}.png")
+    outcomes = list(MaskJudge(reference, [], 1).judge_folders([masks], judged.cases[:1]))
+    assert "stands for no class" in outcomes[0].error or "class index" in outcomes[0].error
     with pytest.raises(DataError, match="no mask of any case"):
         list(MaskJudge(reference, [], 1).judge_folders([tmp_path], judged.cases))
     few = reference.with_cases(reference.cases[:2])

@@ -463,3 +463,14 @@ def test_hounsfield_units_keep_their_meaning(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path, [(20, 20, 20)] * 2, (1, 1, 1), offset=-1000)
     (one,) = learn_plan(dataset, PlanSettings(normalisation="local")).normalisation
     assert (one.kind, one.sigma_voxels) == ("dataset", ())
+
+
+@pytest.mark.parametrize("kind", ["case", "local"])
+def test_intensities_that_overflow_are_named(tmp_path: Path, kind: Any) -> None:
+    plan = learn_plan(
+        write_dataset(tmp_path, [(16, 16, 16)] * 2, (1, 1, 1)), PlanSettings(normalisation=kind)
+    )
+    array = np.random.default_rng(0).normal(size=(1, 16, 16, 16))
+    array[:, :4] = np.finfo(np.float64).min  # stands for no data in some programs
+    with pytest.raises(DataError, match="intensities too large to compute with"):
+        plan.to_grid(Volume(array, np.eye(4)))

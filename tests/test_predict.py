@@ -212,7 +212,7 @@ def test_images_are_found_from_an_output_folder_that_is_a_link(
     assert (tmp_path / "masks" / image).samefile(case.image_paths[0])
 
 
-@pytest.mark.parametrize("part", ["", "1", "0/2", "3/2", "1/0", "-1/2", "a/b", "1/2/3"])
+@pytest.mark.parametrize("part", ["", "1", "0/2", "3/2", "1/0", "-1/2", "a/b", "1/2/3", "²/8"])
 def test_malformed_parts_are_refused(part: str) -> None:
     with pytest.raises(ConfigError, match=r"--part .*; expected I/N"):
         predict.select_part((), part)

@@ -90,13 +90,13 @@ def sweep(folder: Path, names: Collection[str] | None = None) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically, as UTF-8.
+    """Write `text` to `path` atomically, as UTF-8; parts of file names that are none are written as escapes.
 
     Raises:
         FileFormatError: the file cannot be written.
     """
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:

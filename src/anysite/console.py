@@ -38,15 +38,20 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def say(text: str) -> None:
     """Print one line as it is; paths and names are never read as markup."""
-    output.print(Text(text), soft_wrap=True)
+    output.print(_as_it_is(text), soft_wrap=True)
 
 
 def complain(error: Exception) -> None:
     """Print an error as one line on standard error, and where it is many, each on its own below."""
-    errors.print(Text.assemble(("error: ", "bold red"), " ".join(str(error).splitlines())))
+    errors.print(Text.assemble(("error: ", "bold red"), _as_it_is(" ".join(str(error).splitlines()))))
     if isinstance(error, FaultyDataError) and len(error.faults) > 1:
         for fault in error.faults:
-            errors.print(Text(f"  {fault}"))
+            errors.print(_as_it_is(f"  {fault}"))
+
+
+def _as_it_is(text: str) -> Text:
+    """Return a text of which nothing is markup; parts of file names that are no UTF-8 are escapes."""
+    return Text(text.encode(errors="backslashreplace").decode())
 
 
 def as_json(content: Any) -> None:
@@ -58,7 +63,7 @@ def table(*columns: str, title: str = "") -> Table:
     """Return an empty table whose first column is text and whose others are numbers."""
     result = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        result.add_column(_as_it_is(column), justify="left" if index == 0 else "right", overflow="fold")
     return result
 
 

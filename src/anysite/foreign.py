@@ -129,6 +129,9 @@ class MaskJudge:
         mask = files.read_label(path, case.image_paths[0])
         if not any(folder.glob(MANIFESTS)):  # anysite's own masks hold class indices already
             mask = as_class_indices(mask, path, self.dataset, case)
+        if (beyond := int(mask.array.max())) >= len(self.dataset.classes):
+            expected = f"0 to {len(self.dataset.classes) - 1}"
+            raise DataError(f"class index {beyond}", where=path, expected=expected)
         if not mask.same_grid(image):
             raise GeometryError(
                 f"a mask of shape {mask.shape}", where=path, expected=f"the grid of the image, {image.shape}"

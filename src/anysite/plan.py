@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from anysite.calibration import find_likeliest
 from anysite.data.limits import HOUNSFIELD_BELOW
 from anysite.data.volume import Volume, interpolation_matrix
-from anysite.errors import ConfigError, GeometryError
+from anysite.errors import ConfigError, DataError, GeometryError
 from anysite.normalisation import Normalisation, compare_to_surroundings, normalise_as_a_whole
 
 HIDDEN = -1e4  # a logit of no probability
@@ -120,11 +120,22 @@ class Plan(BaseModel):
         return self.to_grids(image)[0]
 
     def to_grids(self, image: Volume) -> tuple[Float[Tensor, "c *s"], Float[Tensor, "c *s"] | None]:
-        """Return the same as `to_grid`, and as it was before surroundings had a say; none where they have none."""
-        array = self.on_grid(image).array.astype(np.float32)
+        """Return the same as `to_grid`, and as it was before surroundings had a say; none where they have none.
+
+        Raises:
+            DataError: intensities that overflow.
+        """
         normalisation = self.variant_of(image).normalisation
-        whole = [normalise_as_a_whole(a, n) for a, n in zip(array, normalisation, strict=True)]
-        grid = [compare_to_surroundings(a, n) for a, n in zip(whole, normalisation, strict=True)]
+        with np.errstate(over="ignore", invalid="ignore"):
+            array = self.on_grid(image).array.astype(np.float32)
+            whole = [normalise_as_a_whole(a, n) for a, n in zip(array, normalisation, strict=True)]
+            grid = [compare_to_surroundings(a, n) for a, n in zip(whole, normalisation, strict=True)]
+        if not all(np.isfinite(channel).all() for channel in grid):
+            raise DataError(
+                "intensities too large to compute with, such as those that stand for no data",
+                expected="values below 1e18",
+                fix="write another value where the image has none",
+            )
         local = any(n.kind == "local" for n in normalisation)
         return torch.from_numpy(np.stack(grid)), torch.from_numpy(np.stack(whole)) if local else None
 

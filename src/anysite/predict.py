@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -72,7 +73,7 @@ def select_part(cases: Sequence[Case], part: str) -> tuple[Case, ...]:
         ConfigError: not of the form I/N with 1 <= I <= N.
     """
     index, _, count = part.partition("/")
-    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+    if not (re.fullmatch(r"[0-9]+/[0-9]+", part) and 1 <= int(index) <= int(count)):
         raise ConfigError(f"--part {part}", expected="I/N with 1 <= I <= N, such as 2/8")
     return tuple(cases[int(index) - 1 :: int(count)])
 

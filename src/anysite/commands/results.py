@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ def evaluate(
         Path, typer.Argument(metavar="PREDICTIONS", help="folder of masks named after cases")
     ],
     dataset: DatasetPath,
-    tolerance: Annotated[float, typer.Option(help="of the surface Dice, in mm or px")] = 2.0,
+    tolerance: Annotated[float, typer.Option(help="of the surface Dice, in mm or px", min=0)] = 2.0,
     json: AsJson = False,
 ) -> None:
     """Score masks against labels on the native grid; writes rows.jsonl and summary.json beside the masks."""
@@ -25,6 +26,8 @@ def evaluate(
     from anysite import evaluate as evaluation
     from anysite.data.layouts import open_dataset
 
+    if not math.isfinite(tolerance):
+        raise ConfigError(f"--tolerance {tolerance}", expected="a distance in mm or px")
     result = evaluation.evaluate(predictions, open_dataset(dataset), tolerance=tolerance)
     console.as_json(atomic.read_json(predictions / evaluation.SUMMARY)) if json else console.show_evaluation(
         result

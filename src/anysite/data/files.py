@@ -12,6 +12,7 @@ import numpy as np
 
 from anysite import atomic
 from anysite.data import dicom_members, image2d, itk, nifti
+from anysite.data.limits import MAX_INTENSITY
 from anysite.data.volume import Volume
 from anysite.errors import FileFormatError, GeometryError, LabelError
 
@@ -129,6 +130,13 @@ def read(path: Path, as_label: bool = False) -> Volume:
         bad = int((~np.isfinite(volume.array)).sum())
         raise FileFormatError(
             f"{bad} voxels that are NaN or infinite", where=path, fix="repair or exclude the file"
+        )
+    if volume.array.dtype.kind == "f" and (extent := float(np.abs(volume.array).max())) > MAX_INTENSITY:
+        raise FileFormatError(
+            f"intensities as large as {extent:.3g}, such as stand for no data",
+            where=path,
+            expected=f"at most {MAX_INTENSITY:g}",
+            fix="write another value where the image has none",
         )
     return volume
 

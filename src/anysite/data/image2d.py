@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
 import warnings
 import zlib
@@ -46,7 +47,7 @@ def read(path: Path, as_label: bool = False) -> Volume:
     except FileFormatError:
         raise
     except DAMAGED as error:
-        raise FileFormatError(f"not readable as a picture ({_one_line(error)})", where=path) from error
+        raise FileFormatError(f"not readable as a picture ({_one_line(error, path)})", where=path) from error
     except Image.DecompressionBombError as error:
         raise FileFormatError("too many pixels", where=path, expected=f"at most {MAX_PIXELS}") from error
     return Volume.of_pixels(array)
@@ -129,7 +130,7 @@ def _bits_of_png(path: Path) -> int:
 
 
 def _read_tiff(path: Path, as_label: bool) -> np.ndarray:
-    with tifffile.TiffFile(path) as tiff:
+    with tifffile.TiffFile(path, _multifile=False) as tiff:
         series = tiff.series[0]
         voxels = math.prod(map(int, series.shape))
         require_modest(path, voxels, voxels * (series.dtype or np.dtype(float)).itemsize)
@@ -138,6 +139,7 @@ def _read_tiff(path: Path, as_label: bool) -> np.ndarray:
         if any(not other.keyframe.is_reduced for other in tiff.series[1:]):
             raise FileFormatError("pages of different shapes", where=path, expected="pages of one shape")
         _require_all_pages(tiff, path)
+        _require_own_pages(tiff, path)
         axes, array = series.axes, None
         if series.keyframe.tags.valueof("Orientation", 1) not in (0, 1):  # which Pillow turns wrongly
             raise FileFormatError(
@@ -157,6 +159,7 @@ def _read_tiff(path: Path, as_label: bool) -> np.ndarray:
             raise FileFormatError("pages coloured by a palette", where=path, expected="grey values")
         if series.keyframe.compression in TIFF_COMPRESSIONS and not coloured:
             array = series.asarray()
+        signed = series.dtype == np.int8
         alpha = [kind in (1, 2) for kind in map(int, series.keyframe.extrasamples)]
     if array is None and bits > 8 and (samples > 1 or white_is_zero):
         raise FileFormatError(
@@ -164,7 +167,9 @@ def _read_tiff(path: Path, as_label: bool) -> np.ndarray:
             fix="save it uncompressed or with deflate",
         )  # fmt: skip
     if array is None:
-        return _read_pillow(path, as_label)
+        picture = _read_pillow(path, as_label)
+        # Pillow knows no signed bytes.
+        return picture.view(np.int8) if signed and picture.dtype == np.uint8 else picture
     if white_is_zero:
         array = ~array if array.dtype == bool else _from_white(array, bits, path)
     if array.dtype == bool:  # as Pillow does for 1-bit PNG
@@ -197,5 +202,20 @@ def _require_all_pages(tiff: tifffile.TiffFile, path: Path) -> None:
         )
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _require_own_pages(tiff: tifffile.TiffFile, path: Path) -> None:
+    """Refuse descriptions (OME, tifffile's own) of other pages than the file holds: tifffile fills in zeros."""
+    series = tiff.series[0]
+    described, held = list(series.pages), len(tiff.pages)
+    if series.kind not in ("ome", "shaped") or (held == 1 and len(described) == 1):
+        return
+    if None in described or len(described) != held:
+        raise FileFormatError(
+            f"a description of {len(described)} pages", where=path, expected=f"the {held} that the file holds",
+            fix="save all pages in one file, or without that description",
+        )  # fmt: skip
+
+
+def _one_line(error: BaseException, path: Path) -> str:
+    """Return what a library says, without the folder, whose name may identify people."""
+    text = str(error).replace(f"{path.parent}{os.sep}", "").replace(f"{path.parent.resolve()}{os.sep}", "")
+    return " ".join(text.split())[:200] or type(error).__name__

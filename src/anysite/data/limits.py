@@ -10,6 +10,7 @@ MAX_VOXELS = 2**31
 MAX_BYTES = 2**33  # in memory, eight times a CT of the whole body
 # One layer of gzip makes nothing smaller than a 1032nd, which a mask with little in it nearly reaches.
 UNSUSPICIOUS_BYTES, MAX_RATIO = 2**30, 1100
+MAX_INTENSITY = 1e18  # its square is a number in single precision
 HOUNSFIELD_BELOW = -500.0  # air lies near -1000, and no other common scale goes so low
 
 

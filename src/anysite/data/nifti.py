@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import zlib
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def read(path: Path) -> Volume:
     except (FileFormatError, GeometryError):
         raise
     except DAMAGED as error:
-        raise FileFormatError(f"not readable as NIfTI ({_one_line(error)})", where=path) from error
+        raise FileFormatError(f"not readable as NIfTI ({_one_line(error, path)})", where=path) from error
     if array.dtype.kind not in "biuf":
         raise FileFormatError("a NIfTI of colour or structured values", where=path, expected="numbers")
     while array.ndim > 4 and array.shape[-1] == 1:
@@ -131,5 +132,7 @@ def _require_length(path: Path, expected: int) -> None:
         )
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _one_line(error: BaseException, path: Path) -> str:
+    """Return what a library says, without the folder, whose name may identify people."""
+    text = str(error).replace(f"{path.parent}{os.sep}", "").replace(f"{path.parent.resolve()}{os.sep}", "")
+    return " ".join(text.split())[:200] or type(error).__name__

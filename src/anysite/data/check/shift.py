@@ -15,6 +15,7 @@ from anysite.data.check.reading import Reading
 from anysite.data.limits import HOUNSFIELD_BELOW
 
 BINS = 48
+LEAST_EXTENT = 0.01  # of intensities that are drawn: of images of nearly one value there is none
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def measure_shift(dataset: Dataset, readings: Sequence[Reading]) -> Shift | None
     names = [list(sites)[index] for index in order]
     intensity = intensity[np.ix_(order, order)]
     first = [values[name][0].ravel() for name in names]
-    edges = np.linspace(min(v.min() for v in first), max(v.max() for v in first) + 1e-6, BINS + 1)
+    low, high = min(v.min() for v in first), max(v.max() for v in first)
+    edges = np.linspace(low, max(high + 1e-6, low + LEAST_EXTENT), BINS + 1)
     grids = [[r.grid.oriented() for r in sites[name] if r.grid is not None] for name in names]
     spacing = [np.median([grid.spacing for grid in group], axis=0) for group in grids]
     shape = [np.median([grid.shape for grid in group], axis=0) for group in grids]
