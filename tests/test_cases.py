@@ -75,7 +75,10 @@ def test_leaving_sites_out(pairs, domains):
         dataset.leave_out(["W"])
 
 
-@given(st.sets(st.integers(0, 300), min_size=2, max_size=9).map(sorted), st.randoms())
+@given(
+    st.sets(st.integers(0, 300) | st.integers(2**30, 2**31 - 1), min_size=2, max_size=9).map(sorted),
+    st.randoms(),
+)
 def test_label_values_become_class_indices(values, random):
     names = tuple(f"n{v}" for v in values)
     dataset = dataset_of([("p", "X")], classes=names, label_values=tuple(values))

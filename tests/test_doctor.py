@@ -131,6 +131,13 @@ def infinite(data: Planted) -> None:
     data.put(3, array)
 
 
+@fault("3-D", "non-finite values")
+def lowest_number_for_no_data(data: Planted) -> None:
+    array = data.read(3).astype(np.float32)
+    array[2] = np.finfo(np.float32).min
+    data.put(3, array)
+
+
 @fault("3-D", "unusable geometry")
 def spacing_of_zero(data: Planted) -> None:
     image = nibabel.Nifti1Image(data.read(3), None)

@@ -196,3 +196,12 @@ def test_real_nrrd_segmentations_are_read():
         volume = files.read_label(path)
         oracle = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))
         np.testing.assert_array_equal(volume.array[0].transpose(), oracle)
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
+def test_capitals_of_a_suffix_do_not_matter(tmp_path: Path, suffix: str) -> None:
+    values = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(values), str(tmp_path / f"a{suffix}"))
+    (tmp_path / f"a{suffix}").rename(tmp_path / f"A{suffix.upper()}")
+    found = files.read(tmp_path / f"A{suffix.upper()}").array
+    assert sorted(found.ravel().tolist()) == list(range(24))

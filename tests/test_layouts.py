@@ -181,6 +181,7 @@ def test_decathlon_folder_and_listed_files(nnunet, tmp_path):
         ({"labels": {"background": 0, "a": 1, "b": 1}}, "one value for two classes"),
         ({"labels": {"background": 0, "a": 1, "ignore": 2}}, "ignore"),
         ({"labels": {"background": 0, "a": -1}}, "labels.a"),
+        ({"labels": {"background": 0, "a": 10**12}}, "label value 1000000000000; expected values below"),
         ({"labels": {"background": 0, "a": "one"}}, "labels"),
         ({"labels": [0, 1]}, "labels"),
         ({"name": 7}, "name is 7"),

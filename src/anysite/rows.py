@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,27 +89,20 @@ def summarise(rows: Sequence[Row], failed: dict[str, str], unpredicted: Sequence
     classes = list(dict.fromkeys(row["class"] for row in rows if row["class"] != ALL_CLASSES))
     cases = list(dict.fromkeys(row["case"] for row in rows))
     by_case: dict[str, dict[str, dict[str, float | None]]] = {case: {} for case in cases}
+    values: dict[tuple[str, str, str], list[float | None]] = defaultdict(list)
     for row in rows:
-        if row["class"] == ALL_CLASSES:
-            continue
-        by_case[row["case"]].setdefault(row["class"], {})[row["metric"]] = row["value"]
+        for name in ("class", "domain", "split"):
+            values[name, row[name], row["metric"]].append(row["value"])
+        if row["class"] != ALL_CLASSES:
+            by_case[row["case"]].setdefault(row["class"], {})[row["metric"]] = row["value"]
     groups = {
         name: {
-            group: {
-                m: mean_defined([r["value"] for r in rows if r[name] == group and r["metric"] == m])
-                for m in [*metrics, *calibrated]
-            }
+            group: {m: mean_defined(values[name, group, m]) for m in [*metrics, *calibrated]}
             for group in dict.fromkeys(row[name] for row in rows)
         }
         for name in ("domain", "split")
     }
-    means = {
-        c: {
-            m: mean_defined([r["value"] for r in rows if (r["class"], r["metric"]) == (c, m)])
-            for m in metrics
-        }
-        for c in classes
-    }
+    means = {c: {m: mean_defined(values["class", c, m]) for m in metrics} for c in classes}
     return {
         # As in nnU-Net the mean of the classes' means, so that a rare class counts as much as any.
         "foreground_mean": {m: mean_defined([means[c][m] for c in classes]) for m in metrics},

@@ -16,6 +16,8 @@ from anysite.data.dicom_members import split_choice
 from anysite.data.volume import Volume
 from anysite.errors import DataError, GeometryError, LabelError
 
+LARGEST_TABLE = 2**20  # of label values: numbers of an atlas are looked up otherwise
+
 
 @dataclass(frozen=True)
 class Case:
@@ -275,6 +277,9 @@ class Dataset:
             )
         if self.label_values == tuple(range(len(values))):
             return label
+        if values.max() > LARGEST_TABLE:  # such as numbers of an atlas
+            order = np.argsort(values)
+            return label.with_array(order[np.searchsorted(values[order], label.array)].astype(np.int32))
         lookup = np.zeros(int(values.max()) + 1, np.int32)
         lookup[values] = np.arange(len(values))
         return label.with_array(lookup[label.array])

@@ -65,6 +65,9 @@ def declare_classes(dataset: Dataset, declaration: Declaration, path: Path) -> D
         labels = {
             str(name): int(value) for value, name in labels.items()
         }  # the Decathlon's {"0": "background"}
+    listed = [v for value in labels.values() for v in (value if isinstance(value, list) else [value])]
+    if large := [value for value in listed if isinstance(value, int) and value >= 2**31]:
+        raise LabelError(f"label value {large[0]}", where=path, expected="values below 2^31")
     background = (
         "background" if "background" in labels else next((n for n, v in labels.items() if v == 0), None)
     )

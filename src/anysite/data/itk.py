@@ -54,8 +54,12 @@ def read(path: Path) -> Volume:
     payload = _find_nrrd(path) if path.suffix.lower() == ".nrrd" else _find_meta(path)
     _require_length(path, payload)
     sitk = _simpleitk()
+    reader = sitk.ImageFileReader()
+    # Named, because it would be chosen by the suffix, in which capitals count.
+    reader.SetImageIO("NrrdImageIO" if path.suffix.lower() == ".nrrd" else "MetaImageIO")
+    reader.SetFileName(str(path))
     try:
-        image = sitk.ReadImage(str(path))
+        image = reader.Execute()
     except RuntimeError as error:
         raise FileFormatError(f"not readable by SimpleITK ({_last_line(error)})", where=path) from None
     array = sitk.GetArrayFromImage(image)  # the last axis first, components last

@@ -165,7 +165,7 @@ def _read_file(reading: Reading, path: Path, read: Callable[[Path], Volume]) -> 
         rule = "unreadable file" if isinstance(error, FileFormatError) else "unusable geometry"
         if not files.exists(path):
             rule = "missing file"
-        elif "NaN" in error.found:
+        elif "NaN" in error.found or "no data" in error.found:
             rule = "non-finite values"
         found = error
     reading.add(
