@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pydantic import ValidationError
 
 
@@ -31,6 +34,14 @@ class AnysiteError(Exception):
 # What one case of a batch may raise: memory that runs out for one large image, or a network that cannot take it, says
 # nothing of the next.
 CASE_ERRORS = (AnysiteError, OSError, RuntimeError, MemoryError, ValueError, ArithmeticError)
+
+
+def describe_cause(error: BaseException, path: Path) -> str:
+    """Return what a library says of a file as one line, without the folder, whose name may identify people."""
+    text = str(error)
+    for folder in (path.parent, path.parent.resolve()):
+        text = text.replace(f"{folder}{os.sep}", "")
+    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def describe_error(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import struct
 import warnings
 import zlib
@@ -16,7 +15,7 @@ from PIL import Image, ImageOps, ImageSequence
 
 from anysite.data.limits import require_modest
 from anysite.data.volume import Volume
-from anysite.errors import FileFormatError
+from anysite.errors import FileFormatError, describe_cause
 
 MAX_PIXELS = 2**28
 # Compressions that tifffile decodes by itself (none, deflate, PackBits); Pillow's libtiff knows the others.
@@ -47,7 +46,9 @@ def read(path: Path, as_label: bool = False) -> Volume:
     except FileFormatError:
         raise
     except DAMAGED as error:
-        raise FileFormatError(f"not readable as a picture ({_one_line(error, path)})", where=path) from error
+        raise FileFormatError(
+            f"not readable as a picture ({describe_cause(error, path)})", where=path
+        ) from error
     except Image.DecompressionBombError as error:
         raise FileFormatError("too many pixels", where=path, expected=f"at most {MAX_PIXELS}") from error
     return Volume.of_pixels(array)
@@ -213,9 +214,3 @@ def _require_own_pages(tiff: tifffile.TiffFile, path: Path) -> None:
             f"a description of {len(described)} pages", where=path, expected=f"the {held} that the file holds",
             fix="save all pages in one file, or without that description",
         )  # fmt: skip
-
-
-def _one_line(error: BaseException, path: Path) -> str:
-    """Return what a library says, without the folder, whose name may identify people."""
-    text = str(error).replace(f"{path.parent}{os.sep}", "").replace(f"{path.parent.resolve()}{os.sep}", "")
-    return " ".join(text.split())[:200] or type(error).__name__

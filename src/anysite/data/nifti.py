@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 import zlib
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from nibabel.wrapstruct import WrapStructError
 from anysite.data.limits import require_modest
 from anysite.data.nifti_place import copy_place, find_affine
 from anysite.data.volume import Volume, in_order
-from anysite.errors import FileFormatError, GeometryError
+from anysite.errors import FileFormatError, GeometryError, describe_cause
 
 MAX_EXTENSIONS = 2**24  # bytes between header and voxels
 # What nibabel raises for files that lie about themselves.
@@ -48,7 +47,7 @@ def read(path: Path) -> Volume:
     except (FileFormatError, GeometryError):
         raise
     except DAMAGED as error:
-        raise FileFormatError(f"not readable as NIfTI ({_one_line(error, path)})", where=path) from error
+        raise FileFormatError(f"not readable as NIfTI ({describe_cause(error, path)})", where=path) from error
     if array.dtype.kind not in "biuf":
         raise FileFormatError("a NIfTI of colour or structured values", where=path, expected="numbers")
     while array.ndim > 4 and array.shape[-1] == 1:
@@ -130,9 +129,3 @@ def _require_length(path: Path, expected: int) -> None:
             expected=f"exactly {expected} by its header",
             fix="the file is truncated or damaged: copy it again",
         )
-
-
-def _one_line(error: BaseException, path: Path) -> str:
-    """Return what a library says, without the folder, whose name may identify people."""
-    text = str(error).replace(f"{path.parent}{os.sep}", "").replace(f"{path.parent.resolve()}{os.sep}", "")
-    return " ".join(text.split())[:200] or type(error).__name__
