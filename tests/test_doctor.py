@@ -79,6 +79,16 @@ def label_missing(data: Planted) -> None:
     data.path(3, "label").unlink()
 
 
+@fault("2-D", "missing file")
+def name_too_long_for_a_file(data: Planted) -> None:
+    data.rename(3, "a" * 5000)
+
+
+@fault("2-D", "missing file")
+def name_with_a_null_byte(data: Planted) -> None:
+    data.rename(3, "a\0.png")
+
+
 @fault("2-D", "unreadable file")
 def picture_cut_short(data: Planted) -> None:
     data.path(3).write_bytes(data.path(3).read_bytes()[:-400])

@@ -59,7 +59,7 @@ def write_dataset(
     for number, shape in enumerate(shapes):
         label = np.zeros(shape, np.uint8)
         for index in range(1, labels):
-            label[index : index + 2, 1:4, 1:3] = index
+            label[index : index + 2, 1:4, min(1, shape[2] - 1) : 3] = index
         image = (rng.normal(100, 20, shape) + 50 * label + offset * (label == 0)).astype(np.float32)
         paths = folder / f"{number}.nii", folder / f"{number}_label.nii"
         for path, array in zip(paths, (image, label), strict=True):
@@ -117,6 +117,7 @@ def test_a_limit_below_the_smallest_patch_is_refused() -> None:
         ((24, 24, 6), (1, 1, 4), "SRA", 2, "slices along S: its spacing is 4.0 x the finest"),
         ((6, 24, 24), (4, 1, 1), "RAS", 2, "slices along R"),
         ((24, 6, 24), (1, 3, 1), "ARS", 2, "slices along A"),
+        ((24, 24, 1), (4, 1, 1), "SRA", 2, "slices along S: 1 of them against 24 voxels"),
         ((24, 6, 24), (1, 1, 1), "ARS", 2, "slices along A: 6 of them against 24 voxels"),
         ((24, 7, 24), (1, 2.9, 1), "ARS", 3, "no slice axis stands out"),
         ((24, 24, 24), (1, 1.2, 1), "RAS", 3, "nearly isotropic"),

@@ -247,6 +247,33 @@ def test_volume_shows_the_slice_of_largest_disagreement_as_radiologists_see_it(t
     assert "truth" not in draw_case(tmp_path, "v", other, PredictedDataset()).svg
 
 
+def test_a_single_slice_is_shown_whole_however_uneven_its_spacing(tmp_path):
+    array = np.zeros((20, 24, 1), np.uint8)
+    array[4:10, 5:12] = 1
+    for name in ("image", "mask"):
+        nibabel.save(nibabel.Nifti1Image(array, np.diag([3.0, 1.0, 1.0, 1.0])), tmp_path / f"{name}.nii.gz")
+    case = PredictedCase(mask="mask.nii.gz", images=["image.nii.gz"])
+    picture = draw_case(tmp_path, "v", case, PredictedDataset(label_values=[0, 1]))
+    assert picture.slice_text == "slice 1 of 1"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"unseen": {"voxels": [1, 2], "right": [1], "confidence": [1, 2]}},
+        {"unseen": {"voxels": [1], "right": [-1], "confidence": [1]}},
+        {"unseen": {"voxels": [1], "right": [1], "confidence": ["much"]}},
+        {name: {key: [1] * count for key in ("voxels", "right", "confidence")}
+         for count, name in enumerate(("unseen", "in_domain"), start=1)},
+        [],
+    ],
+)  # fmt: skip
+def test_damaged_counts_of_reliability_are_refused_by_name(folder, tmp_path, content):
+    (folder / "reliability.json").write_text(json.dumps(content))
+    with pytest.raises(FileFormatError, match=r"reliability\.json"):
+        write_report([folder], tmp_path / "r.html")
+
+
 @given(arrays.arrays(bool, st.tuples(st.integers(1, 7), st.integers(1, 7))))
 def test_boundary_loops_enclose_the_mask(mask):
     loops = boundary_loops(mask)

@@ -219,7 +219,7 @@ def _choose_slice_axis(
 
 def _find_slice_axis(spacing: np.ndarray, shape: np.ndarray) -> tuple[bool, int, str]:
     """Return (whether the grid is anisotropic, the slice axis, why)."""
-    if spacing.max() / spacing.min() >= ANISOTROPY_LIMIT:
+    if shape.min() > 1 and spacing.max() / spacing.min() >= ANISOTROPY_LIMIT:
         axis = int(spacing.argmax())
         return (
             True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import lzma
 import re
@@ -36,7 +37,7 @@ def split_choice(path: Path) -> tuple[Path, tuple[int, ...]]:
     """
     path = Path(path)
     match = re.fullmatch(r"(.+)#(\d{1,9}(?:\+\d{1,9})*)", path.name)
-    if match is None or path.exists():
+    if match is None or is_there(path):
         return path, ()
     return path.with_name(match[1]), tuple(int(number) for number in match[2].split("+"))
 
@@ -44,9 +45,21 @@ def split_choice(path: Path) -> tuple[Path, tuple[int, ...]]:
 def is_dicom(path: Path) -> bool:
     """Tell whether a path names DICOM: by suffix, by the file's magic number, or a folder that holds such files."""
     base, _ = split_choice(path)
-    if base.is_dir():
+    if is_there(base, Path.is_dir):
         return any(_belongs(entry) for entry in _files_in(base))
     return base.suffix.lower() in SUFFIXES or has_magic(base)
+
+
+def is_there(path: Path, test: Callable[[Path], bool] = Path.exists) -> bool:
+    """Tell what a test says of a path; False of names that no file can have, which tables may hold."""
+    try:
+        return test(path)
+    except ValueError:
+        return False
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise
 
 
 def has_magic(path: Path) -> bool:
@@ -54,7 +67,7 @@ def has_magic(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return _is_magic(file.read(MAGIC_END))
-    except OSError:
+    except (OSError, ValueError):  # of a name that no file can have
         return False
 
 

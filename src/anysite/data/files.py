@@ -56,8 +56,8 @@ def stem_of(path: Path) -> str:
 
 
 def exists(path: Path) -> bool:
-    """Tell whether something lies at a path, which may choose one series of it."""
-    return dicom_members.split_choice(Path(path))[0].exists()
+    """Tell whether something lies at a path, which may choose one series of it or be a name that no file can have."""
+    return dicom_members.is_there(dicom_members.split_choice(Path(path))[0])
 
 
 def has_choice(path: Path) -> bool:

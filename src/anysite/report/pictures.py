@@ -95,6 +95,8 @@ def _plane(
 
 def _slice_axis(volume: Volume) -> int:
     spacing = np.array(volume.spacing)
+    if min(volume.shape) == 1:
+        return volume.shape.index(1)
     if spacing.max() > 1.5 * np.median(spacing):
         return int(spacing.argmax())
     return int(np.argmin(volume.shape))

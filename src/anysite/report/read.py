@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
@@ -168,12 +168,21 @@ class Predictions(BaseModel):
     cases: dict[str, PredictedCase] = {}
 
 
+Counts = list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+
+
 class Reliability(BaseModel):
     """Sums over the voxels of each bin of confidence."""
 
-    voxels: list[float]
-    right: list[float]
-    confidence: list[float]
+    voxels: Counts
+    right: Counts
+    confidence: Counts
+
+    @model_validator(mode="after")
+    def _counts_alike(self) -> Reliability:
+        if not len(self.voxels) == len(self.right) == len(self.confidence):
+            raise ValueError("voxels, right and confidence of different lengths")
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,9 +277,12 @@ def _read_reliability(path: Path) -> dict[str, Reliability]:
     if not path.is_file():
         return {}
     try:
-        return TypeAdapter(dict[str, Reliability]).validate_python(atomic.read_json(path))
+        counted = TypeAdapter(dict[str, Reliability]).validate_python(atomic.read_json(path))
     except ValidationError as error:
         raise FileFormatError(describe_invalid(error), where=path, expected="counts by split") from None
+    if len({len(split.voxels) for split in counted.values()}) > 1:
+        raise FileFormatError("splits of different bins", where=path, expected="counts by split")
+    return counted
 
 
 def _read_verdicts(folder: Path) -> dict[str, PredictedVerdict]:
