@@ -330,8 +330,12 @@ def test_each_singular_value_counts_by_how_far_it_varies_over_training_images(
 
     spectral.fit(np.stack([vector(*(rng.normal(0, 1, 2) * [0.1, 0.001])) for _ in range(40)]))
     assert spectral.distance(vector(0.1, 0)) < 1 < spectral.distance(vector(0, 0.01))
+    now = spectral.distance(vector(0.1, 0))
+    assert now > 0
+    spectral.memory |= {"mean": np.full(1, 0.5)}  # as runs of before have it, whose limits are less by that
+    assert spectral.distance(vector(0.1, 0)) == pytest.approx(now - 0.5 / spectral.memory["deviation"][0])
     del spectral.memory["spread"]
-    spectral.memory |= {"mean": np.zeros(1), "deviation": np.ones(1)}  # as runs of before have them
+    spectral.memory |= {"mean": np.zeros(1), "deviation": np.ones(1)}
     assert spectral.distance(vector(0.3, 0)) > spectral.distance(vector(0, 0.1))
 
 
@@ -830,6 +834,19 @@ def test_a_further_image_crosses_a_limit_as_seldom_as_stated(count: int, share: 
 
 
 @pytest.mark.parametrize("count", [5, 10, 30])
+@pytest.mark.parametrize("dimensions", [2, 5, 20])
+def test_of_distances_whose_tail_is_longer_too(count: int, dimensions: int) -> None:
+    """As squared ones are: a limit that takes them for normal is crossed more often than stated."""
+    rng, share = np.random.default_rng(2), 0.99
+    crossed, by_normal = [], []
+    for known in rng.chisquare(dimensions, (4000, count + 1)):
+        crossed.append(known[-1] > judging._find_limit(known[:-1], share)[1])
+        by_normal.append(known[-1] > judging._find_limit(known[:-1] - 1e6, share)[1] + 1e6)
+    assert np.mean(crossed) <= (1 - share) * 1.5
+    assert np.mean(by_normal) > np.mean(crossed) * 1.5
+
+
+@pytest.mark.parametrize("count", [5, 10, 30])
 @pytest.mark.parametrize("shape", ["half normal", "sum of signs"])
 def test_of_scores_that_begin_at_nothing_too(count: int, shape: str) -> None:
     """As the combined one, whose tail is longer than a normal distribution's: by that it was crossed more often."""
@@ -845,7 +862,7 @@ def test_of_scores_that_begin_at_nothing_too(count: int, shape: str) -> None:
     for _ in range(4000):
         *known, further = draw_scores(count + 1)
         crossed.append(further > judging._find_limit(known, share, least=0.0)[1])
-        by_normal.append(further > judging._find_limit(known, share)[1])
+        by_normal.append(further > judging._find_limit(np.subtract(known, 1e6), share)[1] + 1e6)
     assert np.mean(crossed) <= (1 - share) * 1.2
     assert np.mean(by_normal) > (1 - share) * 1.5
 

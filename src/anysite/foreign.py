@@ -58,7 +58,7 @@ class MaskJudge:
     """
 
     def __init__(
-        self, reference: Dataset, folders: Sequence[Path], members: int, false_alarms: float = 0.05
+        self, reference: Dataset, folders: Sequence[Path], members: int, false_alarms: float = 0.1
     ) -> None:
         if not 0 < false_alarms < 1:
             raise ConfigError(f"{false_alarms:g}", where="--false-alarms", expected="above 0 and below 1")

@@ -131,9 +131,9 @@ class Judge:
 
         Distances of training images are taken with all images of their patient left out of the references. Of
         detectors that speak of the segmentation they say nothing, and held-out images alone count where there are
-        enough. A limit is the quantile of the false-alarm rate, shared out among the scores, or where a
-        normal distribution of these distances would have it for one image more, whichever is higher: of few images
-        the quantile is but the largest. Detectors with fewer than five distances are dropped, and those that cannot
+        enough. A limit is the quantile of the false-alarm rate, shared out among the scores, or where a normal
+        distribution of these distances' cube roots would have it for one image more, whichever is higher: of few
+        images the quantile is but the largest. Detectors with fewer than five distances are dropped, and those that cannot
         describe every held-out image. From held-out images and their shifted copies the judge learns which signs
         together tell a shift, and what Dice to expect.
         """
@@ -344,15 +344,18 @@ def _find_limit(
     """Return the median, and where a review begins so that so large a share of further such images lies below.
 
     Of few distances neither the mean nor the spread is sure, so that a normal distribution's quantile would be crossed
-    several times as often: the limit is that of Student's t for one image more. Of distances that begin at `least`,
-    where many lie, and have a long tail, it is taken of square roots, which are nearer to normal (as Fisher's of
-    chi-square); cube roots would put it at twice to four times where it belongs, of few images.
+    several times as often: the limit is that of Student's t for one image more. Distances have longer tails than that,
+    and it is taken of their cube roots, which are nearer to normal (Wilson, Hilferty, 1931,
+    https://doi.org/10.1073/pnas.17.12.684). Of scores that begin at `least`, where many lie, it is taken of square
+    roots (as Fisher's of chi-square); cube roots would put it at twice to four times where it belongs, of few images.
     """
     values = np.asarray(distances, float)
-    bent = values if least is None else np.sqrt(values - least)
+    origin = 0.0 if least is None else least
+    power = 2 if least is not None else 3 if values.min() >= 0 else 1
+    bent = (values - origin) ** (1 / power)
     count = len(values)
     beyond = special.stdtrit(count - 1, share) * np.sqrt(1 + 1 / count)
     limit = float(np.mean(bent) + beyond * np.std(bent, ddof=1))
-    if least is not None:
-        limit = least + max(limit, 0.0) ** 2
+    if power > 1:
+        limit = origin + max(limit, 0.0) ** power
     return float(np.median(values)), max(float(np.quantile(values, share)), limit)

@@ -347,7 +347,7 @@ class JudgeSettings(Settings):
         default=20, ge=0, description="held-out cases, of each of several datasets, that set limits at most"
     )
     false_alarms: float = Field(
-        default=0.05, gt=0, lt=1, description="share of images like those of training that is sent to review"
+        default=0.1, gt=0, lt=1, description="share of images like those of training that is sent to review"
     )
     shifted_copies: int = Field(
         default=30,

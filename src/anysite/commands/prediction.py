@@ -157,7 +157,7 @@ def judge(
     ] = None,
     false_alarms: Annotated[
         float, typer.Option(help="share of images like the reference that is sent to review")
-    ] = 0.05,
+    ] = 0.1,
     referral: Annotated[
         float | None, typer.Option(help="share of the images that a person can look at, such as 0.2")
     ] = None,

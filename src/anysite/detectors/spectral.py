@@ -51,18 +51,13 @@ class Spectral(Detector):
             distances = np.linalg.norm(scaled[:, None] - scaled[None], axis=2)
             np.fill_diagonal(distances, np.inf)
             nearest = distances.min(1) if len(scaled) > 1 else np.zeros(1)
-            apart.append((nearest.mean(), max(nearest.std(), 1e-9)))
-        self.memory = {
-            "references": vectors,
-            "spread": _join(spreads),
-            "mean": np.array([mean for mean, _ in apart]),
-            "deviation": np.array([deviation for _, deviation in apart]),
-        }
+            apart.append(max(nearest.std(), 1e-9))
+        self.memory = {"references": vectors, "spread": _join(spreads), "deviation": np.array(apart)}
 
     def distance(self, vector: Vector) -> float:
         """Return the distance from the nearest reference, the mean over layers, each in its own units."""
         own = split_signatures(vector)
-        # Runs of before kept none, and learned the rest of their memory without.
+        # Runs of before kept none, and learned the rest of their memory without; others took the mean off.
         kept = self.memory.get("spread")
         spreads = [np.ones(len(part)) for part in own] if kept is None else split_signatures(kept)
         references = [split_signatures(reference) for reference in self.memory["references"]]
@@ -72,7 +67,7 @@ class Spectral(Detector):
         ]
         if self.layers == "bottleneck":
             return nearest[0]
-        return float(((np.array(nearest) - self.memory["mean"]) / self.memory["deviation"]).mean())
+        return float(((np.array(nearest) - self.memory.get("mean", 0)) / self.memory["deviation"]).mean())
 
 
 def signature(gram: Float[np.ndarray, "w w"], count: int) -> Vector:
