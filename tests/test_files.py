@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import os
 import struct
 from pathlib import Path
@@ -45,6 +46,26 @@ def test_nifti_labels_keep_every_voxel_and_the_affine(tmp_path, suffix, seed, cl
     np.testing.assert_array_equal(back.affine, label.affine)
     qform = nibabel.Nifti1Image.from_filename(tmp_path / f"mask{suffix}").get_sform()
     np.testing.assert_array_equal(qform, label.affine)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_capitals_of_a_nifti_suffix_do_not_matter(tmp_path, suffix):
+    label = label_map((3, 5, 4), 0, 3)
+    files.write_label(label, tmp_path / f"mask{suffix}")
+    (tmp_path / f"mask{suffix}").rename(tmp_path / f"Mask{suffix.title()}")
+    np.testing.assert_array_equal(files.read_label(tmp_path / f"Mask{suffix.title()}").array, label.array)
+
+
+@pytest.mark.parametrize("change", [-100, 2], ids=["truncated", "longer"])
+def test_a_packed_nifti_of_another_length_than_its_header_says_is_refused(tmp_path, change):
+    path = tmp_path / "mask.nii.gz"
+    files.write_label(label_map((9, 5, 4), 0, 3), path)
+    raw = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(raw[:change] if change < 0 else raw + b"\0" * change))
+    with pytest.raises(
+        FileFormatError, match="Expected 180 bytes, got 80" if change < 0 else "more than 532 bytes"
+    ):
+        files.read(path)
 
 
 @relaxed

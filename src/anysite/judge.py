@@ -133,8 +133,8 @@ class Judge:
         detectors that speak of the segmentation they say nothing, and held-out images alone count where there are
         enough. A limit is the quantile of the false-alarm rate, shared out among the scores, or where a normal
         distribution of these distances' cube roots would have it for one image more, whichever is higher: of few
-        images the quantile is but the largest. Detectors with fewer than five distances are dropped, and those that cannot
-        describe every held-out image. From held-out images and their shifted copies the judge learns which signs
+        images the quantile is but the largest. Detectors with fewer than five distances are dropped, and those that
+        cannot describe every held-out image. From held-out images and their shifted copies the judge learns which signs
         together tell a shift, and what Dice to expect.
         """
         clean = [reference for reference in held_out if not reference.shifted]

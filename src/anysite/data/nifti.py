@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import zlib
 from pathlib import Path
@@ -11,7 +12,6 @@ import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Header
-from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 
@@ -36,14 +36,19 @@ def read(path: Path) -> Volume:
         GeometryError: fewer than two or more than four axes, or a header that `find_affine` refuses.
     """
     try:
-        _require_modest(path)
-        image = nibabel.load(path)
-        assert isinstance(image, nibabel.Nifti1Image)
-        shape, dtype = image.shape, np.dtype(image.get_data_dtype())
-        offset = int(image.dataobj.offset)  # pyright: ignore[reportAttributeAccessIssue]
-        _require_length(path, offset + int(np.prod(shape)) * dtype.itemsize)
-        affine = find_affine(_read_header(path, type(image.header)))
-        array = np.asanyarray(image.dataobj)
+        with _open(path) as stream:
+            header = _read_header(stream)
+            _require_modest(path, header)
+            stream.seek(0)
+            kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+            image = kind.from_stream(stream)
+            shape, dtype = image.shape, np.dtype(image.get_data_dtype())
+            expected = int(image.dataobj.offset) + math.prod(shape) * dtype.itemsize  # pyright: ignore[reportAttributeAccessIssue]
+            _require_length(path, expected)
+            affine = find_affine(header)
+            array = np.asanyarray(image.dataobj)
+            if _is_packed(path) and stream.read(1):  # whose length is known once it is unpacked
+                raise _of_length(path, f"more than {expected}", expected)
     except (FileFormatError, GeometryError):
         raise
     except DAMAGED as error:
@@ -79,25 +84,33 @@ def write_label(volume: Volume, path: Path, image_path: Path | None = None) -> N
         image.set_qform(volume.affine, 2)  # the sform's code, which the constructor sets
         image.header.set_xyzt_units("mm")
     else:
-        source = nibabel.load(image_path)
-        assert isinstance(source, nibabel.Nifti1Image)  # NIfTI-2, whose numbers are longer, is one too
-        image = type(source)(array, source.affine)
-        copy_place(_read_header(image_path, type(source.header)), image.header)
+        with _open(image_path) as stream:
+            source = _read_header(stream)
+        kind = nibabel.Nifti2Image if isinstance(source, nibabel.Nifti2Header) else nibabel.Nifti1Image
+        image = kind(array, source.get_best_affine())
+        copy_place(source, image.header)
     image.to_filename(path)
 
 
-def _read_header(path: Path, kind: type[Nifti1Header]) -> Nifti1Header:
-    """Return the header as it lies in the file: nibabel's loader mends, say, a voxel size of 0 into 1."""
-    with ImageOpener(str(path)) as file:
-        return kind.from_fileobj(file, check=False)
+def _is_packed(path: Path) -> bool:
+    return path.name.lower().endswith(".gz")
 
 
-def _require_modest(path: Path) -> None:
-    """Read the header alone, before nibabel reads the extensions after it, which may be of any length."""
-    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream:
-        block = stream.read(nibabel.Nifti2Header.sizeof_hdr)
+def _open(path: Path) -> io.BufferedIOBase:
+    return gzip.open(path) if _is_packed(path) else path.open("rb")
+
+
+def _read_header(stream: io.BufferedIOBase) -> Nifti1Header:
+    """Return the header as it lies in the file: nibabel's loader mends, say, a voxel size of 0 into 1.
+
+    It is read alone, before nibabel reads the extensions after it, which may be of any length.
+    """
+    block = stream.read(nibabel.Nifti2Header.sizeof_hdr)
     kind = nibabel.Nifti2Header if nibabel.Nifti2Header.may_contain_header(block) else nibabel.Nifti1Header
-    header = kind(block[: kind.sizeof_hdr], check=False)
+    return kind(block[: kind.sizeof_hdr], check=False)
+
+
+def _require_modest(path: Path, header: Nifti1Header) -> None:
     shape, offset = header.get_data_shape(), float(header["vox_offset"])
     voxels = math.prod(map(int, shape))
     if min(shape, default=0) < 0:
@@ -112,20 +125,16 @@ def _require_modest(path: Path) -> None:
 
 
 def _require_length(path: Path, expected: int) -> None:
-    """Compare a file's length in bytes, uncompressed, with what its header claims."""
-    if path.name.lower().endswith(".gz"):
-        found = 0
-        with gzip.open(path) as stream:
-            while chunk := stream.read(1 << 22):
-                found += len(chunk)
-                if found > expected:
-                    break
-    else:
-        found = path.stat().st_size
-    if found != expected:
-        raise FileFormatError(
-            f"{'more than ' if found > expected else ''}{found} bytes",
-            where=path,
-            expected=f"exactly {expected} by its header",
-            fix="the file is truncated or damaged: copy it again",
-        )
+    """Compare a file's length in bytes with what its header claims, which of a packed one is not known yet."""
+    found = path.stat().st_size
+    if found != expected and not _is_packed(path):
+        raise _of_length(path, str(found), expected)
+
+
+def _of_length(path: Path, found: str, expected: int) -> FileFormatError:
+    return FileFormatError(
+        f"{found} bytes",
+        where=path,
+        expected=f"exactly {expected} by its header",
+        fix="the file is truncated or damaged: copy it again",
+    )
