@@ -40,8 +40,7 @@ def read(path: Path) -> Volume:
             header = _read_header(stream)
             _require_modest(path, header)
             stream.seek(0)
-            kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
-            image = kind.from_stream(stream)
+            image = _kind_of(header).from_stream(stream)
             shape, dtype = image.shape, np.dtype(image.get_data_dtype())
             expected = int(image.dataobj.offset) + math.prod(shape) * dtype.itemsize  # pyright: ignore[reportAttributeAccessIssue]
             _require_length(path, expected)
@@ -86,8 +85,7 @@ def write_label(volume: Volume, path: Path, image_path: Path | None = None) -> N
     else:
         with _open(image_path) as stream:
             source = _read_header(stream)
-        kind = nibabel.Nifti2Image if isinstance(source, nibabel.Nifti2Header) else nibabel.Nifti1Image
-        image = kind(array, source.get_best_affine())
+        image = _kind_of(source)(array, source.get_best_affine())
         copy_place(source, image.header)
     image.to_filename(path)
 
@@ -108,6 +106,10 @@ def _read_header(stream: io.BufferedIOBase) -> Nifti1Header:
     block = stream.read(nibabel.Nifti2Header.sizeof_hdr)
     kind = nibabel.Nifti2Header if nibabel.Nifti2Header.may_contain_header(block) else nibabel.Nifti1Header
     return kind(block[: kind.sizeof_hdr], check=False)
+
+
+def _kind_of(header: Nifti1Header) -> type[nibabel.Nifti1Image]:
+    return nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
 
 
 def _require_modest(path: Path, header: Nifti1Header) -> None:
