@@ -3,8 +3,8 @@
 Run as `python benchmarks/judge_without.py RUN... --dataset DATASET --sets histogram,entropy histogram,entropy,shape
 --output FILE.json`, RUN the run folders that `anysite benchmark --keep-runs` left. Each run's judge is learned anew
 with every set, from the same images as at the end of its training, and judges the images of test sites and the
-held-out ones that it did not learn from. Masks of a Dice below 0.7 count as failed, and of masks for which less is to
-be expected a review is asked.
+held-out ones of patients that it did not learn from. Masks of a Dice below 0.7 count as failed, and of masks for which
+less is to be expected a review is asked.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def judge_masks(run: Run, dataset: Dataset, names: list[str]) -> dict[str, Counts]:
-    """Return what a judge of these detectors says of held-out images that it did not learn from, and of unseen ones."""
+    """Return what a judge of these detectors says of held-out patients it did not learn from, and of unseen ones."""
     cases = {case.id: case for case in dataset.cases}
 
     def part(role: str) -> Dataset:
@@ -83,7 +83,8 @@ def judge_masks(run: Run, dataset: Dataset, names: list[str]) -> dict[str, Count
     references = part("training").first_by_turns(settings.cases)
     judge, _ = learn_references(segmenter, references, learned_from, held_out, settings)
     assert judge is not None, "too few cases to learn from"
-    known = [case for case in held_out.cases if case not in learned_from]
+    known_to_judge = {(case.domain, case.patient) for case in learned_from}
+    known = [case for case in held_out.cases if (case.domain, case.patient) not in known_to_judge]
     counts = {}
     for kind, chosen in {"known": known, "unseen": [*part("test").cases]}.items():
         found: list[tuple[bool, bool]] = []

@@ -114,8 +114,8 @@ def _image(row: Row) -> Key:
 
 
 def _describe(adapter: str, gain: Gain) -> str:
-    low, high = gain.harmed_interval
-    harmed = f"{gain.harmed} ({100 * gain.harmed / gain.images:.1f} [{100 * low:.1f}, {100 * high:.1f}] %)"
+    share, low, high = (100 * value for value in gain.harmed_share)
+    harmed = f"{gain.harmed} ({share:.1f} [{low:.1f}, {high:.1f}] %)"
     worst = f"{100 * gain.worst[0][1]:.1f}" if gain.worst else "-"
     name, _, gate = adapter.partition(" ")
     cells = [

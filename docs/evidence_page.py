@@ -53,7 +53,7 @@ RECIPE_HEADER = [
     "|---|---|---|---|---|---|---|---|---|---|",
 ]
 COMPARISON_HEADER = [
-    "| method | unseen | against baseline, paired | P(not better) | by site, worst first | in domain "
+    "| method | unseen | against baseline, paired | p, one-sided | by site, worst first | in domain "
     "| against baseline, paired | seeds | minutes a training |",
     "|---|---|---|---|---|---|---|---|---|",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evidence_page import RESULTS, between_markers, describe_origin, read_index, read_results
 
-from anysite.report.curves import describe_corruptions
+from anysite.report.curves import describe_corruptions, keep_shared
 from anysite.report.methods import split_by_method
 from anysite.report.read import Row
 from anysite.report.summary import estimate, is_clean, score_cases
@@ -39,6 +39,7 @@ def _describe(rows: list[Row], baseline: str) -> list[str]:
         "| relative drop by corruption, worst first | seeds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    rows = keep_shared(rows)
     curves = describe_corruptions(rows)
     assert curves is not None
     methods = split_by_method(rows)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
+from anysite.judgement import exact_interval
 from anysite.report.adaptation import describe_adaptations
 from anysite.report.page import write_report
 from anysite.report.read import read_sources
@@ -46,9 +48,28 @@ def test_gain_and_harm_are_counted_image_by_image(rows: Path) -> None:
     assert unseen.gain_adapted.mean == pytest.approx(0.02)
     assert (unseen.harmed, unseen.helped) == (1, 2)
     assert unseen.worst == (("c", pytest.approx(-0.02)),)
-    assert unseen.harmed_interval == (pytest.approx(0.0063, abs=1e-3), pytest.approx(0.806, abs=1e-3))
+    share, low, high = unseen.harmed_share
+    assert share == 0.25
+    assert 0 <= low < share < high <= 1
     assert (corrupted.kind, corrupted.images) == ("corrupted", 1)
     assert corrupted.gain.mean == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("harmed", "share"), [(0, 0.0), (6, 1.0)])
+def test_images_and_trainings_of_one_patient_count_once_for_the_share_of_harmed_masks(
+    harmed: int, share: float, tmp_path: Path
+) -> None:
+    lines = []
+    for patient, seed, copy in itertools.product(range(6), range(3), range(10)):
+        for adapt, value in (("none", 0.8), ("refseg", 0.7 if patient < harmed else 0.8)):
+            name = f"{patient}_{copy}"
+            lines.append(row(name, adapt, "dice", value) | {"patient": str(patient), "seed": seed})
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (result,) = describe_adaptations([row for source in read_sources([path]) for row in source.rows])
+    (gain,) = result.gains
+    assert (gain.images, gain.harmed) == (180, 30 * harmed)
+    assert gain.harmed_share == (share, *exact_interval(harmed, 6))
 
 
 def test_a_mask_made_where_nothing_is_counts_as_harm(tmp_path: Path) -> None:

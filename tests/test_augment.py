@@ -384,6 +384,8 @@ def test_a_constant_image_stays_finite(name):
         ({"flip": 0}, "SAR", ("background", "left_kidney", "right_kidney"), None),
         ({"flip_axes": (0, 1)}, "SAR", ("background", "left_kidney", "right_kidney"), None),
         ({"enabled": False}, "SAR", ("background", "left_kidney", "right_kidney"), None),
+        ({}, "SAR", ("background", "LeftKidney", "RightKidney"), (2, "LeftKidney", "RightKidney")),
+        ({}, "SAR", ("background", "KIDNEY LEFT", "KIDNEY RIGHT"), (2, "KIDNEY LEFT", "KIDNEY RIGHT")),
         ({}, "SAR", ("background", "left_kidney", "liver", "cleft", "bright"), None),
     ],
 )

@@ -15,19 +15,20 @@ import torch
 from PIL import Image
 
 from anysite import benchmark as benchmarking
-from anysite import experiment, registry
+from anysite import console, experiment, registry
 from anysite.benchmark import Job, JobOutcome, benchmark, count_others, list_jobs, run_job, unfinished
 from anysite.data.case import Dataset
 from anysite.data.layouts import open_dataset
 from anysite.data.phantom import write_phantom
-from anysite.errors import ConfigError, Interrupted, InterruptedTraining, RunError
+from anysite.errors import ConfigError, DataError, Interrupted, InterruptedTraining, RunError
 from anysite.experiment import score_job
 from anysite.report import write_report
 from anysite.report.methods import split_by_method, summarise_methods
 from anysite.report.read import Row as ReportRow
 from anysite.rows import read_rows, write_rows
 from anysite.runs import open_run
-from conftest import SMALL
+from anysite.train import train
+from conftest import SMALL, small_config
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -309,6 +310,53 @@ def test_a_preset_file_names_its_method_by_its_stem_and_its_edits_make_another_j
     assert unfinished([job], tmp_path / "rows.jsonl") == []
     preset.write_text(content + "[train]\nlearning_rate = 0.5\n")
     assert unfinished([job], tmp_path / "rows.jsonl") == [job]
+
+
+def test_a_job_that_starts_from_other_weights_is_another_job(
+    jobs: list[Job], phantom: Dataset, tmp_path: Path
+) -> None:
+    starts = [tmp_path / name / "start" for name in ("a", "b")]
+    for seed, start in enumerate(starts):
+        train(phantom, small_config("train.steps=1", "test_domains=['west']", f"seed={seed}"), start)
+
+    def starting(start: Path) -> Job:
+        return replace(jobs[0], overrides=(*TINY, f"pretrained={start}"))
+
+    one, other = map(starting, starts)
+    assert one.digest != other.digest
+    assert one.overrides_text != other.overrides_text  # which keeps them apart in reports
+    assert "start@" in one.overrides_text
+    assert str(tmp_path) not in one.overrides_text
+    key = one.key
+    shutil.move(starts[0], tmp_path / "start")
+    assert starting(tmp_path / "start").key == key
+    assert starting(tmp_path / "nothing there").digest
+
+
+def test_what_a_training_warns_of_is_told(jobs: list[Job], capsys: pytest.CaptureFixture[str]) -> None:
+    job = replace(jobs[0], overrides=(*TINY, "train.unlabelled_share=0.5"))
+    outcome = run_job(job, 1, None)
+    assert any("train.unlabelled_share does nothing" in note for note in outcome.notes)
+    console.show_job(outcome, 1, 1, 0.0)
+    assert "train.unlabelled_share does nothing" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_site_that_trains_nothing_is_not_named_as_trained_on(jobs: list[Job], phantom: Dataset) -> None:
+    job = next(job for job in jobs if job.test_domains == ("north",))
+    tested = next(case.patient for case in phantom.cases if case.domain == "north")
+    renamed = phantom.with_cases(
+        replace(case, patient=tested) if case.domain == "east" else case for case in phantom.cases
+    )
+    with pytest.raises(DataError, match="nothing to learn from at east"):
+        score_job(job, renamed, Path("unused"), 1)
+
+
+def test_seeds_and_sites_named_twice_are_one_job(phantom: Dataset, phantom_folder: Path) -> None:
+    listed = list_jobs(
+        phantom, phantom_folder, ["baseline"], [0, 0], "leave-one-out", TINY, test_domains=["west", "west"],
+        labels=[None, None],
+    )  # fmt: skip
+    assert len(listed) == 1
 
 
 def test_another_metric_of_a_finished_job_joins_the_rows_it_has(

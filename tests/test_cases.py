@@ -136,3 +136,19 @@ def test_images_of_those_held_out_by_a_list_are_not_learned_from_without_labels(
     found = split(dataset_of([]).with_cases([*labelled, *apart]), small_config("train.unlabelled_share=0.5"))
     assert not {case.id for case in (*found.unlabelled, *found.images.cases)} & {"v0", "v1"}
     assert found.held_out.cases  # a share of those with labels
+
+
+def test_images_alone_are_held_out_as_they_are_with_labels():
+    """So that a training may start from what was learned from the images of a dataset of which a part is labelled."""
+    cases = [
+        Case(f"{site}{n}", f"{site}{n}", site, (Path("x"),), Path("y") if n % 2 else None)
+        for site in "AB"
+        for n in range(20)
+    ]
+    for seed in range(5):
+        dataset, config = dataset_of([]).with_cases(cases), small_config(f"seed={seed}")
+        with_labels, images = split(dataset, config), split(dataset.without_labels(), config)
+        assert [c.id for c in images.held_out.cases] == [c.id for c in with_labels.held_out.cases]
+        assert len(images.training.cases) + len(images.held_out.cases) == len(cases)
+    nothing_labelled = dataset_of([]).with_cases(replace(case, label_path=None) for case in cases)
+    assert split(nothing_labelled.without_labels(), small_config()).held_out.cases

@@ -22,6 +22,7 @@ from anysite.benchmark import Job, JobOutcome
 from anysite.data.phantom import write_phantom
 from anysite.errors import ConfigError
 from anysite.loop import Progress
+from anysite.report.read import read_sources
 from anysite.rows import ROWS, SUMMARY, read_rows
 from conftest import SMALL
 
@@ -212,7 +213,12 @@ def test_evaluate_prints_a_table_or_json(masks: Path, phantom_folder: Path) -> N
     content = json.loads(succeed("evaluate", masks, phantom_folder, "--json", "--tolerance", 1))
     assert content == json.loads((masks / SUMMARY).read_text())
     assert {"foreground_mean", "by_domain", "by_split"} <= content.keys()
-    assert {row["case"] for row in read_rows(masks / ROWS)} == {p.stem for p in masks.glob("*.png")}
+    rows = read_rows(masks / ROWS)
+    assert {row["case"] for row in rows} == {p.stem for p in masks.glob("*.png")}
+    assert {row.get("tolerance") for row in rows if row["metric"] == "surface_dice"} == {1.0}
+    assert {row.metric for row in read_sources([masks / ROWS])[0].rows} >= {"dice", "surface_dice@1.0"}
+    succeed("evaluate", masks, phantom_folder)
+    assert not any("tolerance" in row for row in read_rows(masks / ROWS))
 
 
 def test_a_batch_of_which_one_fails_ends_with_1(run: Path, phantom_folder: Path, tmp_path: Path) -> None:

@@ -48,10 +48,42 @@ def test_corruption_drops_are_relative_to_the_same_cases_clean() -> None:
     assert plain.method == "baseline"
     assert plain.clean is not None
     assert plain.clean.mean == pytest.approx(0.8)
-    assert plain.drops == pytest.approx({"blur": 0.25, "noise": 0.25})
-    assert plain.gap == pytest.approx(0.8 - 0.6)
+    assert plain.drops == pytest.approx({"blur": 0.125})  # all that both were measured on
+    assert plain.gap == pytest.approx(0.1)
     assert other.drops == {"blur": 0.0}
+    assert (curves.alone, curves.alike) == (4, True)
+    (only,) = (describe_corruptions([r for r in rows if r.method == "baseline"]) or curves).results
+    assert only.drops == pytest.approx({"blur": 0.25, "noise": 0.25})
+    assert only.gap == pytest.approx(0.8 - 0.6)
     assert describe_corruptions([row(0.5)]) is None
+
+
+def test_of_different_corruptions_the_page_says_that_they_do_not_compare() -> None:
+    rows = [row(0.8), row(0.4, corruption="blur", severity="1")]
+    rows += [row(0.8, method="t_ae"), row(0.6, method="t_ae", corruption="noise", severity="1")]
+    curves = describe_corruptions(rows)
+    assert curves is not None
+    assert (curves.alone, curves.alike) == (0, False)
+    assert [result.corrupted and result.corrupted.mean for result in curves.results] == [0.4, 0.6]
+
+
+def test_a_corruption_that_was_changed_counts_as_two() -> None:
+    rows = [row(0.8)]
+    for version, value in (("blur/1", 0.6), ("blur/2", 0.4)):
+        rows.append(row(value, corruption="blur", severity="1", corruption_version=version))
+    curves = describe_corruptions(rows)
+    assert curves is not None
+    assert curves.results[0].drops == pytest.approx({"blur/1": 0.25, "blur/2": 0.5})
+
+
+def test_label_curves_are_of_the_cases_and_training_sites_of_every_number() -> None:
+    rows = [row(0.4, labels="5"), row(0.6, labels="all")]
+    rows += [row(0.9, "B1", labels="5", train_domains="west", domain="north")]  # the other way round, once
+    curves = describe_labels(rows)
+    assert curves is not None
+    ((_, _, estimates),) = curves.table
+    assert [estimate and estimate.mean for estimate in estimates] == [0.4, 0.6]
+    assert curves.alone == 1
 
 
 def test_lines_hold_every_estimate_and_leave_gaps_out() -> None:

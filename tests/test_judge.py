@@ -431,6 +431,35 @@ def test_finding_nothing_is_odd_where_something_was_always_found(draw: Draw) -> 
     assert EMPTY_REASON not in often.judge(draw(empty=True)).reasons
 
 
+def test_where_nothing_was_found_no_dice_is_expected(draw: Draw) -> None:
+    """Nothing is surer of itself than an empty mask, and its Dice is 0 or, of an empty truth, none."""
+    detectors: dict[str, Any] = {"histogram": {}, "entropy": {}, "soft_dice": {}}
+    vectors_of = Judge(JudgeSettings(detectors=detectors)).describe
+    training = references([vectors_of(draw(empty=i % 5 == 0)) for i in range(20)])
+
+    def fitted(*missed: Reference) -> Judge:
+        known = np.random.default_rng(3)
+        clean = references([vectors_of(output) for output in drawn], 100)
+        copies = references([vectors_of(output) for output in unlike], 100)
+        judge = Judge(JudgeSettings(detectors=detectors))
+        known_dice = [replace(r, dice=0.9 + known.normal(0, 0.02)) for r in clean]
+        shifted = [replace(r, dice=0.4 + known.normal(0, 0.02), shifted=True) for r in copies]
+        judge.fit(training, [*known_dice, *shifted, *missed])
+        return judge
+
+    drawn, unlike = [draw() for _ in range(20)], [draw(1) for _ in range(20)]
+    judge = fitted()
+    verdict = judge.judge(draw(empty=True), least_dice=0.7)
+    assert (verdict.decision, verdict.predicted_dice, verdict.safe_dice) == ("accept", None, None)
+    assert QUALITY not in verdict.scores
+    assert judge.judge(draw(), least_dice=0.7).predicted_dice is not None
+    together = average_verdicts([judge.judge(draw()) for _ in range(2)], judge.reasons, empty=True)
+    assert together.predicted_dice is None
+    # Nor does a Dice of 0 with which nothing was found say what to expect of masks in which something was.
+    missed = [Reference(vectors_of(draw(empty=True)), f"missed {i}", 0.0, True) for i in range(10)]
+    assert (fitted(*missed).weights[QUALITY] == judge.weights[QUALITY]).all()
+
+
 def test_what_is_not_finite_is_rejected(draw: Draw) -> None:
     judge = judge_of(draw, shifted=10, detectors={name: {} for name in registry.DETECTORS})
     output = draw()
@@ -442,6 +471,8 @@ def test_what_is_not_finite_is_rejected(draw: Draw) -> None:
         assert verdict.decision == "reject"
         assert None in verdict.scores.values()
         assert verdict.predicted_dice is None
+        assert verdict.reasons == (judging.UNKNOWN_REASON,)  # and nothing of intensities, which are as usual
+        assert verdict.scores["histogram"] is not None
 
 
 def test_the_dice_to_expect_is_withdrawn_from_images_unlike_those_known(draw: Draw) -> None:
@@ -473,7 +504,7 @@ def test_decisions_follow_the_scores() -> None:
     )
     assert decide({"a": REJECT + 0.1, "b": 0.0}, reasons).decision == "reject"
     assert decide({"a": float("nan"), "b": 0.0}, reasons) == Verdict(
-        "reject", ("reason a",), {"a": None, "b": 0.0}
+        "reject", (judging.UNKNOWN_REASON,), {"a": None, "b": 0.0}
     )
     low = decide({"a": 0.0}, reasons, predicted_dice=(0.5, 0.75, 0.8), safe_dice=0.65, least_dice=0.7)
     assert (low.decision, low.reasons) == ("review", ("a Dice of only 0.65 can be counted on",))

@@ -50,9 +50,18 @@ def blob(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return ndimage.gaussian_filter(noise, [min(2.0, n / 8) for n in shape]) > 0.05
 
 
+def picture_of(mask: np.ndarray, spacing: tuple[float, ...]) -> tuple[np.ndarray, tuple[float, ...]]:
+    """Return what a volume of one slice shows, others as they are."""
+    if mask.ndim == 2 or 1 not in mask.shape:
+        return mask, spacing
+    axis = mask.shape.index(1)
+    return mask.squeeze(axis), spacing[:axis] + spacing[axis + 1 :]
+
+
 def score_by_monai(
     prediction: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...], tolerance: float
 ) -> dict[str, float]:
+    (prediction, _), (truth, spacing) = (picture_of(mask, spacing) for mask in (prediction, truth))
     p, t = (torch.from_numpy(mask)[None, None].float() for mask in (prediction, truth))
     return {
         "dice": compute_dice(p, t).item(),
@@ -67,7 +76,8 @@ def score_slowly(
     prediction: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...], tolerance: float
 ) -> dict[str, float]:
     """Take voxels with a background face neighbour as surface, and every pair of them."""
-    surfaces = []
+    surfaces, volume = [], np.prod(spacing)
+    (prediction, _), (truth, spacing) = (picture_of(mask, spacing) for mask in (prediction, truth))
     for mask in (prediction, truth):
         padded = np.pad(mask, 1)
         steps = [step for axis in np.eye(mask.ndim, dtype=int) for step in (axis, -axis)]
@@ -80,7 +90,7 @@ def score_slowly(
         "hd95": max(np.percentile(d, 95) for d in directed),
         "assd": sum(d.sum() for d in directed) / sum(map(len, directed)),
         "surface_dice": within / sum(map(len, directed)),
-        "volume_error": (prediction.sum() - truth.sum()) * np.prod(spacing),
+        "volume_error": (prediction.sum() - truth.sum()) * volume,
     }
 
 
@@ -123,7 +133,9 @@ def test_exchange_translation_scale_and_bounds(
     )
     assert exchanged["volume_error"] == -scores["volume_error"]
 
-    margin = [(3, 1)] * truth.ndim
+    # A volume of one slice stays one: with more around it, it is scored as a volume.
+    flat = truth.shape.index(1) if truth.ndim == 3 and 1 in truth.shape else None
+    margin = [(0, 0) if axis == flat else (3, 1) for axis in range(truth.ndim)]
     assert score(np.pad(prediction, margin), np.pad(truth, margin), spacing) == pytest.approx(scores)
 
     scaled = score(prediction, truth, tuple(scale * s for s in spacing), 2.0 * scale)
@@ -140,6 +152,18 @@ def test_identical_masks_are_perfect() -> None:
     mask = blob((12, 11, 5), 3)
     perfect = dict.fromkeys(METRICS, 0.0) | {"dice": 1.0, "iou": 1.0, "surface_dice": 1.0}
     assert score_class(mask, mask, (1.0, 1.0, 4.0), tolerance=0.0) == perfect
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_volume_of_one_slice_is_scored_as_the_picture_it_shows(axis: int, rng: np.random.Generator) -> None:
+    prediction, truth = rng.random((2, 12, 9)) > 0.4
+    picture = score_class(prediction, truth, (0.5, 2.0), tolerance=0.7)
+    spacing = np.insert([0.5, 2.0], axis, 8.0).tolist()
+    volume = score_class(
+        np.expand_dims(prediction, axis), np.expand_dims(truth, axis), spacing, tolerance=0.7
+    )
+    for metric in ("dice", "hd95", "assd", "surface_dice", "relative_volume_error"):
+        assert volume[metric] == pytest.approx(picture[metric]), metric
 
 
 def test_a_distance_equal_to_the_tolerance_is_within_it_despite_rounding() -> None:

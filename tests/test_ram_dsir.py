@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -398,3 +399,17 @@ def test_defaults_are_the_papers_weights() -> None:
         0.5,
         0.1,
     )
+
+
+@pytest.mark.parametrize("setting", ["objectives.ram_dsir={}", "augment.amplitude_mixing=0.5"])
+def test_a_batch_of_one_image_mixes_nothing_and_the_training_says_so(
+    setting: str, phantom: Dataset, tmp_path: Path
+) -> None:
+    def listen(size: int) -> bool:
+        notes: list[str] = []
+        config = small_config(setting, f"train.batch_size={size}", "train.steps=1")
+        train(phantom, config, tmp_path / str(size), on_progress=lambda progress: notes.append(progress.note))
+        return any("none to mix amplitudes with" in note for note in notes)
+
+    assert listen(1)
+    assert not listen(2)

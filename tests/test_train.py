@@ -279,6 +279,8 @@ def test_learning_rate_schedules() -> None:
         assert learning_rate(0, 110, settings) == pytest.approx(0.2)
         assert learning_rate(10, 110, settings) == pytest.approx(2.0)
         assert learning_rate(60, 110, settings) == pytest.approx(2.0 * half)
+        # A budget is measured by more steps than a short training has.
+        assert learning_rate(5, 3, settings) == learning_rate(3, 3, settings)
 
 
 def test_training_learns(phantom: Dataset, tmp_path: Path) -> None:

@@ -37,11 +37,12 @@ from anysite.workers import Workers
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """A finished job with its rows, or the error that ended it."""
+    """A finished job with its rows and what its trainings warned of, or the error that ended it."""
 
     job: Job
     rows: list[Row]
     error: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def list_jobs(
@@ -114,7 +115,7 @@ def list_jobs(
     if test_domains and protocol != "leave-one-out":
         raise ConfigError(f"test sites with protocol {protocol!r}", expected="leave-one-out")
     if protocol == "leave-one-out":
-        left_out: list[tuple[str, ...]] = [(domain,) for domain in test_domains or domains]
+        left_out: list[tuple[str, ...]] = [(domain,) for domain in dict.fromkeys(test_domains or domains)]
     elif protocol == "train-on-one":
         left_out = [tuple(d for d in domains if d != domain) for domain in domains]
     elif protocol == "pooled":
@@ -130,7 +131,7 @@ def list_jobs(
         Job(str(dataset_path), dataset.name, method, tuple(overrides), seed, out,
             tuple(d for d in domains if d not in out), budget_s, tuple(metrics), count,
             corruptions, tuple(severities), named, tuple(adapters), members, data)
-        for seed in seeds for count in labels for out in left_out for method in methods
+        for seed in dict.fromkeys(seeds) for count in dict.fromkeys(labels) for out in left_out for method in methods
     ]  # fmt: skip
 
 
@@ -270,8 +271,9 @@ def run_job(job: Job, threads: int, keep_runs: Path | None) -> JobOutcome:
             count = job.labels or "all"
             parts = job.dataset, job.name, job.seed, *job.test_domains, count, job.digest, job.data
             folder /= "-".join(str(part).replace("/", "_") for part in parts)
-        rows = score_job(job, _open(job), folder, threads)
-        return JobOutcome(job, [{**row, "data": job.data} for row in rows])
+        notes: list[str] = []
+        rows = score_job(job, _open(job), folder, threads, notes.append)
+        return JobOutcome(job, [{**row, "data": job.data} for row in rows], notes=tuple(dict.fromkeys(notes)))
     except InterruptedTraining:
         # A run that nobody keeps cannot be continued, and one that is kept goes on where the benchmark does.
         raise Interrupted("interrupted", fix="run the same command again: finished jobs are kept") from None

@@ -281,6 +281,8 @@ def show_job(outcome: JobOutcome, number: int, total: int, seconds_left: float) 
         if values:
             parts.append(f"{text} {100 * sum(values) / len(values):.1f}")
     say(f"{name}: Dice {', '.join(parts)};  {format_seconds(seconds_left)} left")
+    for note in outcome.notes:
+        say(f"  warning: {note}")
 
 
 def format_seconds(seconds: float) -> str:

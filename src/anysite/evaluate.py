@@ -35,7 +35,7 @@ from anysite.errors import (
 )
 from anysite.judgement import UNADAPTED_DICE
 from anysite.manifest import MANIFESTS, mask_suffix, probabilities_name, read_manifests, unadapted_name
-from anysite.metrics import METRICS, Score, score_case
+from anysite.metrics import METRICS, TOLERANCE, Score, score_case
 from anysite.rows import (
     ALL_CLASSES,
     ROWS,
@@ -68,7 +68,7 @@ def evaluate(
     predictions: Path,
     dataset: Dataset,
     *,
-    tolerance: float = 2.0,
+    tolerance: float = TOLERANCE,
     context: Row | None = None,
     on_case: Callable[[str], None] = lambda case: None,
     threads: int = 2,
@@ -149,7 +149,7 @@ def evaluate(
         entry = manifest["cases"].get(case.id, {})
         split = entry.get("split", "unknown")
         learned = {"judge_learned": True} if entry.get("judge_learned") is True else {}
-        rows += rows_of(result, case, split, common | learned)
+        rows += rows_of(result, case, split, common | learned, tolerance)
         if counts is not None:
             reliability[split] = reliability.get(split, 0) + counts
     scored = {case.id for case, _ in found} | failed.keys()
@@ -195,7 +195,7 @@ def score_volume(
     label: Volume,
     dataset: Dataset,
     case: Case,
-    tolerance: float = 2.0,
+    tolerance: float = TOLERANCE,
     metrics: Collection[str] = METRICS,
 ) -> list[Score]:
     """Score a label map of class indices against another one on the same grid, class by class or by region.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anysite import config, provenance, runs
 from anysite.calibration import CALIBRATION_METRICS
@@ -22,6 +22,10 @@ from anysite.judgement import ADAPTED, VERDICT, is_judgement
 from anysite.metrics import METRICS, Score
 from anysite.roles import patients_judged_from
 from anysite.rows import ALL_CLASSES, Row, describe_adaptation, describe_verdict, join_sites, rows_of
+from anysite.splits import split
+
+if TYPE_CHECKING:
+    from anysite.loop import Progress
 
 NO_ADAPTER = "none"  # no adapter
 OTHER = "other"  # the split of images of another dataset
@@ -64,12 +68,21 @@ class Job:
 
     @property
     def overrides_text(self) -> str:
-        """The overrides as rows name them: of a run to start from only the name, its folders may be people's."""
+        """The overrides as rows name them: of a run to start from its name and weights, its folders may be people's."""
         parts = (override.partition("=") for override in self.overrides)
         return " ".join(
-            f"{name}={Path(value.strip()).name}" if name.strip() == "pretrained" else f"{name}{sign}{value}"
+            f"{name}={Path(value.strip()).name}{self._start[:7]}" if name.strip() == "pretrained"
+            else f"{name}{sign}{value}"
             for name, sign, value in parts
-        )
+        )  # fmt: skip
+
+    @property
+    def _start(self) -> str:
+        """What tells the weights to start from from others, after an "@"; empty where there are none."""
+        start = self.settings.pretrained
+        if start is None or not (Path(start) / runs.MANIFEST).is_file():
+            return ""
+        return "@" + runs.read_manifest(Path(start)).get("files", {}).get(runs.WEIGHTS, "")
 
     @property
     def settings(self) -> config.Config:
@@ -87,6 +100,8 @@ class Job:
         every finished job finished.
         """
         settings = self.settings.model_dump(mode="json", exclude_defaults=True)
+        if start := self._start:  # wherever it lies
+            settings["pretrained"] = start
         return provenance.fingerprint(
             [settings, self.budget_s, *([self.members] if self.members > 1 else [])]
         )
@@ -125,16 +140,23 @@ class Job:
         return {self.key} | former
 
 
-def score_job(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Row]:
+def score_job(
+    job: Job, dataset: Dataset, folder: Path, threads: int, on_note: Callable[[str], None] = lambda note: None
+) -> list[Row]:
     """Train one job in `folder`, and return a row for every case, class and metric, and for what it cost.
 
+    Args:
+        on_note: Is told what the trainings warn of.
+
     Raises:
-        AnysiteError: a training that failed, no case to score, or one that could not be.
+        AnysiteError: a training that failed or leaves a site out that rows would name, no case to score, or one that
+            could not be.
     """
     _forget_peak_memory()
+    _require_all_sites(job, dataset)
     kept_runs = [_folder_of(job, member, folder) for member in range(job.members)]
     learned_now = not all((run / runs.MANIFEST).is_file() and runs.is_finished(run) for run in kept_runs)
-    members = [_train_member(job, member, dataset, folder, threads) for member in range(job.members)]
+    members = [_train_member(job, number, dataset, folder, threads, on_note) for number in range(job.members)]
     run = members[0]
     # Of the training sites only the held-out patients, so that all numbers of labels are scored on the same cases.
     held_out = [case for case in dataset.labelled if case.id in set(run.splits["held_out"])]
@@ -177,7 +199,22 @@ def score_job(job: Job, dataset: Dataset, folder: Path, threads: int) -> list[Ro
     return kept + [{**common, "split": "run", "metric": m, "value": v, "unit": u} for m, v, u in costs]
 
 
-def _train_member(job: Job, member: int, dataset: Dataset, folder: Path, threads: int) -> runs.Run:
+def _require_all_sites(job: Job, dataset: Dataset) -> None:
+    settings = job.settings
+    if settings.train.labelled_patients is not None:  # of few patients some sites may have none
+        return
+    lost = [site for site in job.train_domains if site not in split(dataset, settings).learned_domains]
+    if lost:
+        raise DataError(
+            f"nothing to learn from at {', '.join(lost)}, which rows would name as trained on", where=job.dataset,
+            fix="a patient who is also at a test site, or held out at another, trains nothing: give patients of "
+            "different sites different names",
+        )  # fmt: skip
+
+
+def _train_member(
+    job: Job, member: int, dataset: Dataset, folder: Path, threads: int, on_note: Callable[[str], None]
+) -> runs.Run:
     from anysite.train import train
 
     settings = job.settings
@@ -188,7 +225,15 @@ def _train_member(job: Job, member: int, dataset: Dataset, folder: Path, threads
     settings, run = settings.model_copy(update=own), _folder_of(job, member, folder)
     if (run / runs.MANIFEST).is_file():
         _require_settings(run, settings)
-    return train(dataset, settings, run, budget_s=job.budget_s, resume=True, facts={"preset": job.name})
+
+    def tell(progress: Progress) -> None:
+        if progress.note:
+            on_note(progress.note)
+
+    return train(
+        dataset, settings, run, budget_s=job.budget_s, resume=True, facts={"preset": job.name},
+        on_progress=tell,
+    )  # fmt: skip
 
 
 def _require_settings(run: Path, settings: config.Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ LEAST_DISAGREEMENT = 0.1  # of an ensemble, that sends a mask to review, however
 COMBINED_REASON = "several signs together are unlike those of images it knows"
 QUALITY_REASON = "a lower Dice is to be expected than on images it knows"
 ENSEMBLE_REASON = "the networks segment it differently"
+UNKNOWN_REASON = "what the network makes of it is not in finite numbers"
 Decision = Literal["accept", "review", "reject"]
 
 
@@ -50,8 +52,8 @@ class Verdict:
         decision: "accept", "review" by a person, or "reject".
         reasons: Why not to accept it, the weightiest first, in words for a reader of images.
         scores: Of every detector: 0 is the usual, 1 where a review begins; none where it is not finite.
-        predicted_dice: Lower bound, expected value, upper bound; none where nothing is known, and of images
-            unlike those that the prediction was learned from.
+        predicted_dice: Lower bound, expected value, upper bound; none where nothing is known, where nothing was found,
+            and of images unlike those that the prediction was learned from.
         safe_dice: What can be counted on: the Dice that all but a stated share of masks like it reach; none where
             no Dice is predicted.
         least_dice: The Dice that was asked for, 0 where none was.
@@ -120,10 +122,13 @@ class Judge:
         for name, detector in self.detectors.items():
             if not detector.can_describe(output):
                 continue
-            try:
-                vectors[name] = detector.describe(output) if finite else np.array([np.nan])
-            except (ValueError, ArithmeticError):  # of matrices that are not finite
-                vectors[name] = np.array([np.nan])
+            vectors[name] = np.array([np.nan])
+            with (
+                np.errstate(all="ignore"),
+                suppress(ValueError, ArithmeticError),
+            ):  # of values that are not finite
+                if finite or detector.of_shift:
+                    vectors[name] = detector.describe(output)
         return vectors | {"empty": np.array([float(not output.foreground.any())])}
 
     def fit(self, training: Sequence[Reference], held_out: Sequence[Reference]) -> None:
@@ -178,10 +183,13 @@ class Judge:
             known = np.array([scores.get(name, 0.0) for name in self.detectors])
             strangeness = float(quality.signs_of(known) @ self.weights[COMBINED])
             scores[COMBINED] = self._relative(COMBINED, strangeness)
+            # Where nothing was found there is nothing to doubt: the Dice is 0 or, of an empty truth, none.
+            found = not described["empty"][0]
             signs = quality.signs_of(known, self._in_dice)
             middle = float(quality.predict_dice(self.weights[QUALITY], signs[None])[0])
-            scores[QUALITY] = self._relative(QUALITY, 1 - middle)
-            if all(scores[name] <= 1 for name in self.shift_scores):
+            if found:
+                scores[QUALITY] = self._relative(QUALITY, 1 - middle)
+            if found and all(scores[name] <= 1 for name in self.shift_scores):
                 below, above = self.margins
                 expected = max(0.0, middle + below), middle, min(1.0, middle + above)
                 safe = max(0.0, middle + self.risk_margin)
@@ -243,9 +251,11 @@ class Judge:
         scores = np.array([[*self._score(reference.vectors).values()] for reference in held_out])
         signs, doubts = quality.signs_of(scores), quality.signs_of(scores, self._in_dice)
         shifted = np.array([reference.shifted for reference in held_out])
-        scored = np.array([reference.dice is not None for reference in held_out])
-        patients = [reference.patient for reference in held_out if reference.dice is not None]
-        dice = np.array([reference.dice for reference in held_out if reference.dice is not None])
+        # Of a mask in which nothing was found no Dice is expected.
+        dice_of = [None if reference.vectors["empty"][0] else reference.dice for reference in held_out]
+        scored = np.array([dice is not None for dice in dice_of])
+        patients = [r.patient for r, dice in zip(held_out, dice_of, strict=True) if dice is not None]
+        dice = np.array([dice for dice in dice_of if dice is not None])
         if len({*patients}) < LEAST or not (scored & ~shifted).any():
             return
         expected = quality.expect_left_out(doubts[scored], dice, patients)
@@ -287,16 +297,18 @@ def decide(
 
     A score that is not finite rejects: nothing can be said.
     """
-    worst = {name: score if np.isfinite(score) else np.inf for name, score in scores.items()}
-    flagged = sorted((name for name, score in worst.items() if score > 1), key=lambda name: -worst[name])
+    finite = {name: score for name, score in scores.items() if np.isfinite(score)}
+    flagged = sorted((name for name, score in finite.items() if score > 1), key=lambda name: -finite[name])
     stated = [EMPTY_REASON] if empty else []
+    if len(finite) < len(scores):
+        stated.append(UNKNOWN_REASON)
     if safe_dice is not None and safe_dice < least_dice:
         stated.append(f"a Dice of only {safe_dice:.2f} can be counted on")
     stated += [reasons[name] for name in flagged]
     decision: Decision = "review" if stated else "accept"
-    if any(score > REJECT for score in worst.values()):
+    if len(finite) < len(scores) or any(score > REJECT for score in finite.values()):
         decision = "reject"
-    kept = {name: float(score) if np.isfinite(score) else None for name, score in scores.items()}
+    kept = {name: float(finite[name]) if name in finite else None for name in scores}
     return Verdict(decision, tuple(stated), kept, predicted_dice, safe_dice, least_dice)
 
 
@@ -331,7 +343,7 @@ def average_verdicts(
     expected = safe = None
     if agreement is not None:
         means[ENSEMBLE] = (1 - agreement) / max(1 - least_dice, LEAST_DISAGREEMENT)
-    if known and len(known) == len(verdicts):
+    if known and len(known) == len(verdicts) and not empty:
         low, middle, high = np.mean(known, 0).tolist()
         expected = low, middle, high
         safe = float(np.mean([verdict.safe_dice for verdict in verdicts if verdict.safe_dice is not None]))

@@ -334,7 +334,7 @@ def learning_rate(step: int, steps: int, settings: TrainSettings) -> float:
     warmup = min(settings.warmup_steps, steps // 10)
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
-    share = (step - warmup) / max(1, steps - warmup)
+    share = min(1.0, (step - warmup) / max(1, steps - warmup))  # measuring a budget takes steps of its own
     if settings.schedule == "cosine":
         return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
     return settings.learning_rate * ((1 - share) ** 0.9 if settings.schedule == "polynomial" else 1.0)

@@ -21,6 +21,7 @@ METRICS: dict[str, str] = {
     "volume_error": "predicted minus true volume",
     "relative_volume_error": "volume error divided by the true volume",
 }
+TOLERANCE = 2.0  # of the surface Dice, in mm or px
 SURFACE_METRICS = frozenset({"hd95", "assd", "surface_dice"})
 
 
@@ -40,7 +41,7 @@ def score_case(
     masks_of: Sequence[tuple[str, tuple[int, ...]]],
     spacing: Sequence[float],
     unit: str,
-    tolerance: float = 2.0,
+    tolerance: float = TOLERANCE,
     metrics: Collection[str] = METRICS,
 ) -> list[Score]:
     """Score every class of two label maps `(*S)` of class indices.
@@ -71,7 +72,7 @@ def score_class(
     prediction: Bool[np.ndarray, "*s"],
     truth: Bool[np.ndarray, "*_"],
     spacing: Sequence[float],
-    tolerance: float = 2.0,
+    tolerance: float = TOLERANCE,
     metrics: Collection[str] = METRICS,
 ) -> dict[str, float | None]:
     """Compute metrics of `METRICS`, all of them by default, for two masks `(*S)`.
@@ -79,7 +80,8 @@ def score_class(
     A surface is the mask without its erosion by the cross-shaped structuring element; outside the image
     lies background, so mask voxels at the border are surface. Distances run between voxel centres, from
     each surface voxel to the nearest one of the other surface. Percentiles interpolate linearly. All this
-    equals MONAI's metrics without subvoxels (https://docs.monai.io/en/stable/metrics.html).
+    equals MONAI's metrics without subvoxels (https://docs.monai.io/en/stable/metrics.html). A volume of a single slice
+    is the picture that it shows: as a volume all of its mask would be surface.
 
     Dice and IoU: Taha and Hanbury 2015 (https://doi.org/10.1186/s12880-015-0068-x). Surface Dice: Nikolov
     et al. 2018 (https://arxiv.org/abs/1809.04430), counting surface voxels instead of areas.
@@ -133,13 +135,21 @@ def _surface_distances(
     prediction: Bool[np.ndarray, "*s"], truth: Bool[np.ndarray, "*s"], spacing: Sequence[float]
 ) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, " t"]]:
     box = ndimage.find_objects((prediction | truth).astype(np.uint8))[0]
-    points = [_surface_points(mask[box], spacing) for mask in (prediction, truth)]
+    points = []
+    for mask in (prediction, truth):
+        if mask.ndim == 3 and 1 in mask.shape:
+            slice_axis = mask.shape.index(1)
+            points.append(_surface_points(mask[box].squeeze(slice_axis), np.delete(spacing, slice_axis)))
+        else:
+            points.append(_surface_points(mask[box], spacing))
     # The many points of equal coordinates make a balanced tree slower to build than it saves.
     trees = [KDTree(p, leafsize=32, balanced_tree=False, compact_nodes=False) for p in points]
     return trees[1].query(points[0])[0], trees[0].query(points[1])[0]
 
 
-def _surface_points(mask: Bool[np.ndarray, "*s"], spacing: Sequence[float]) -> Float[np.ndarray, "n d"]:
+def _surface_points(
+    mask: Bool[np.ndarray, "*s"], spacing: Sequence[float] | np.ndarray
+) -> Float[np.ndarray, "n d"]:
     return np.argwhere(mask & np.logical_not(ndimage.binary_erosion(mask))) * np.asarray(spacing, float)
 
 

@@ -12,7 +12,7 @@ from anysite import atomic
 from anysite.data.case import Case
 from anysite.errors import FileFormatError
 from anysite.judgement import ADAPTED, DECISIONS, LEAST_DICE, PREDICTED, SCORE, VERDICT, is_judgement
-from anysite.metrics import Score
+from anysite.metrics import TOLERANCE, Score
 from anysite.statistics import mean_defined
 
 ROWS, SUMMARY = "rows.jsonl", "summary.json"
@@ -69,13 +69,23 @@ def describe_adaptation(adaptations: Sequence[Mapping[str, Any]] | None) -> list
     return [Score(ALL_CLASSES, ADAPTED, kept, "1")]
 
 
-def rows_of(scores: Sequence[Score], case: Case, split: str, common: Row) -> list[Row]:
-    """Return one row a score, with the fields of its case and those in `common`."""
+def rows_of(
+    scores: Sequence[Score], case: Case, split: str, common: Row, tolerance: float = TOLERANCE
+) -> list[Row]:
+    """Return one row a score, with the fields of its case and those in `common`.
+
+    Args:
+        tolerance: Of the surface Dice, which its rows name where it is not the usual one.
+    """
     place = {**common, "domain": case.domain, "split": split, "patient": case.patient, "case": case.id}
-    return [
+    rows = [
         {**place, "class": s.class_name, "metric": s.metric, "value": _rounded(s.value), "unit": s.unit}
         for s in scores
     ]
+    for row in rows if tolerance != TOLERANCE else ():
+        if row["metric"] == "surface_dice":
+            row["tolerance"] = tolerance
+    return rows
 
 
 def summarise(rows: Sequence[Row], failed: dict[str, str], unpredicted: Sequence[str] = ()) -> dict[str, Any]:

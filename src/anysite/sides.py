@@ -9,7 +9,8 @@ from typing import NamedTuple
 from anysite.settings import AugmentSettings
 
 OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l", "lh": "rh", "rh": "lh"}
-SIDE = re.compile(rf"(?<![a-z])({'|'.join(OTHER_SIDE)})(?![a-z])", re.IGNORECASE)
+SIDE = re.compile(rf"(?<![a-z])({'|'.join(OTHER_SIDE)})(?![a-z])")
+WORD_IN_CAMEL_CASE = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 class MirroredSides(NamedTuple):
@@ -31,10 +32,9 @@ def find_mirrored_sides(settings: AugmentSettings, axes: str, classes: Sequence[
         return None
     if settings.flip_axes is not None and axis not in settings.flip_axes:
         return None
-    for name in classes:
-        other = SIDE.sub(lambda found: OTHER_SIDE[found[0].lower()], name.lower())
-        if other != name.lower():
-            match = next((known for known in classes if known.lower() == other), None)
-            if match is not None:
-                return MirroredSides(axis, name, match)
+    names = {WORD_IN_CAMEL_CASE.sub(" ", name).lower(): name for name in classes}
+    for words, name in names.items():
+        other = SIDE.sub(lambda found: OTHER_SIDE[found[0]], words)
+        if other != words and other in names:
+            return MirroredSides(axis, name, names[other])
     return None

@@ -58,7 +58,13 @@ def split(dataset: Dataset, config: Config) -> Splits:
     tested = {case.patient for case in test.cases}
     dropped = tuple(case.id for case in everything.usable if case.patient in tested)
     source = everything.with_cases(case for case in everything.usable if case.patient not in tested)
-    training, held_out = source.hold_out_patients(config.train.validation_fraction, config.seed)
+    # Images alone are held out as with their labels, so that a training may start from what was learned from them.
+    with_label = [case for case in source.cases if case.label_path is not None or case.label_unused]
+    labelled = source.with_cases(with_label or source.cases)
+    _, drawn = labelled.hold_out_patients(config.train.validation_fraction, config.seed)
+    patients = {case.patient for case in drawn.cases}
+    training = source.with_cases(case for case in source.cases if case.patient not in patients)
+    held_out = source.with_cases(case for case in source.cases if case.patient in patients)
     apart = tested | {case.patient for case in held_out.cases}
     if config.train.validation_fraction > 0:  # also of images without a label
         apart |= {case.patient for case in everything.cases if case.held_out}

@@ -134,7 +134,8 @@ def _start(job: _Job) -> None:
         }
         require_sound(job.dataset.with_cases(case for case in job.dataset.cases if case.id in seen), threads)
     plan = job.plan or learn_plan(splits.training, job.config.plan, threads)
-    if sides := find_mirrored_sides(job.config.augment, plan.axes[-plan.dimension :], plan.classes):
+    structures = plan.region_names or plan.classes
+    if sides := find_mirrored_sides(job.config.augment, plan.axes[-plan.dimension :], structures):
         axes = choose_flip_axes(job.config.augment, plan.dimension)
         kept = ",".join(str(axis) for axis in axes if axis != sides.axis)
         job.warn(
@@ -146,7 +147,12 @@ def _start(job: _Job) -> None:
         plan.for_task(job.config.predict.task)
     learner = build_learner(job.config, plan, domains)  # so that a wrong setting leaves no run folder behind
     choose_flip_axes(job.config.augment, plan.dimension)
-    choose_batch_size(job.config.train, plan)
+    mixes = job.config.augment.enabled and job.config.augment.amplitude_mixing > 0
+    if choose_batch_size(job.config.train, plan) == 1 and (mixes or "ram_dsir" in job.config.objectives):
+        job.warn(
+            "a batch of one image has none to mix amplitudes with, so that nothing is mixed; "
+            "train.batch_size=2 is the least that mixes"
+        )
     _check_start(job, splits, learner.network, plan)
     Judge(job.config.judge)  # as above
     pretrained = splits.images.domains if job.config.pretrain.objectives else ()

@@ -30,6 +30,7 @@ class Case:
     label_path: Path | None = None
     task: str = ""
     held_out: bool = False  # by the dataset itself
+    label_unused: bool = False  # there is one that is disregarded
 
     def image(self) -> Volume:
         """Read the image, one file or one file a channel, as `(C, *S)`.
@@ -170,7 +171,10 @@ class Dataset:
         """Return this dataset as images alone, in which nothing but background is known."""
         return Dataset(
             self.name,
-            tuple(replace(case, label_path=None) for case in self.cases),
+            tuple(
+                replace(case, label_path=None, label_unused=case.label_path is not None)
+                for case in self.cases
+            ),
             ("background", "foreground"),
             (0, 1),
             provenance=self.provenance,

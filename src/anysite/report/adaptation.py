@@ -27,7 +27,9 @@ class Gain:
         adapted: Images whose mask is that of an adapted network.
         gain: Mean change of Dice over patients, all images counted.
         gain_adapted: Over the adapted ones alone.
-        harmed: Images that lost more than 0.01 Dice, with the exact 95 % interval of their share.
+        harmed: Images that lost more than 0.01 Dice.
+        harmed_share: The mean over patients of the share of their images that did, and its 95 % interval over patients;
+            where none or all of them did, the exact one of so many patients.
         worst: The largest losses: case, and change of Dice.
     """
 
@@ -37,7 +39,7 @@ class Gain:
     gain: Estimate
     gain_adapted: Estimate | None
     harmed: int
-    harmed_interval: tuple[float, float]
+    harmed_share: tuple[float, float, float]
     helped: int
     worst: tuple[tuple[str, float], ...]
 
@@ -106,10 +108,19 @@ def _compare(kind: str, adapted: dict[Key, _Image], plain: dict[Key, _Image]) ->
         gain=_estimate(pairs),
         gain_adapted=_estimate(changed) if changed else None,
         harmed=harmed,
-        harmed_interval=exact_interval(harmed, len(pairs)),
+        harmed_share=_share_of(pairs),
         helped=sum(change > HARMED for _, change in pairs),
         worst=tuple((case, change) for case, change in worst if change < 0),
     )
+
+
+def _share_of(pairs: Sequence[tuple[_Image, float]]) -> tuple[float, float, float]:
+    harmed = [float(change < -HARMED) for _, change in pairs]
+    share = estimate_mean(harmed, [image.person for image, _ in pairs])
+    if share.low is None or share.high is None or share.low == share.high:
+        # Patients who are all alike have no scatter that an interval could come from.
+        return share.mean, *exact_interval(round(share.mean * share.n_patients), share.n_patients)
+    return share.mean, share.low, share.high
 
 
 def _subtract(after: dict[str, float | None], before: dict[str, float | None]) -> float | None:

@@ -79,14 +79,14 @@ def metric_name(metric: str) -> str:
 
 def metric_unit(summary: MetricSummary) -> str:
     """Return the unit in which `metric_value` writes a metric."""
-    if summary.metric in FRACTIONS and summary.unit != "%":
+    if summary.metric.partition("@")[0] in FRACTIONS and summary.unit != "%":
         return "%" if summary.metric == "relative_volume_error" else "points"
     return summary.unit
 
 
 def metric_value(summary: MetricSummary, value: float | None) -> str:
     """Write a value of a metric in its unit."""
-    if summary.metric in FRACTIONS and summary.unit != "%":
+    if summary.metric.partition("@")[0] in FRACTIONS and summary.unit != "%":
         return points(value)
     if value is None or abs(value) >= 1:
         return number(value)

@@ -73,6 +73,9 @@ class Row(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_empty(cls, content: Any) -> Any:
+        if isinstance(content, dict) and "tolerance" in content:
+            # A metric of its own: within another distance more or less of the surfaces lies.
+            content = content | {"metric": f"{content.get('metric')}@{content['tolerance']}"}
         if not isinstance(content, dict) or None not in content.values():
             return content
         kept = ("value", "train_domains", "judge_learned")
