@@ -151,7 +151,7 @@ def test_files_lie_in_the_world_as_their_site_does(solid: Path) -> None:
 def test_one_patient_has_one_body_at_every_site_and_size() -> None:
     anatomy = Anatomy.draw(3, True, np.random.default_rng(3))
     volumes_mm3, centres_mm = [], []
-    for name, size in [*((name, DEFAULT_SIZE[3]) for name in SITES), ("west", 36)]:
+    for name, size in [*((name, 36) for name in SITES), ("west", DEFAULT_SIZE[3])]:
         _, label = examine(anatomy, SITES[name], 3, size, np.random.default_rng(4))
         voxel_mm3 = abs(np.linalg.det(label.affine[:3, :3]))
         volumes_mm3.append([voxel_mm3 * (label.array == c).sum() for c in (SHELL, CAVITY, CRESCENT, NODULE)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,9 +47,8 @@ def flood(mask: np.ndarray, smaller_than: float) -> np.ndarray:
         while grown:
             voxel = grown.pop()
             piece.add(voxel)
-            near = {
-                other for other in left if max(abs(a - b) for a, b in zip(voxel, other, strict=True)) <= 1
-            }
+            around = itertools.product(*((place - 1, place, place + 1) for place in voxel))
+            near = left.intersection(around)
             left -= near
             grown += near
         pieces.append(piece)

@@ -87,7 +87,12 @@ def test_other_seeds_change_the_interval_little() -> None:
 
 @pytest.mark.parametrize(
     ("n_patients", "scatter"),
-    [(20, "normal"), (45, "normal"), (20, "dice with failures"), (45, "rare failures")],
+    [
+        (20, "normal"),
+        pytest.param(45, "normal", marks=pytest.mark.slow),
+        pytest.param(20, "dice with failures", marks=pytest.mark.slow),
+        (45, "rare failures"),
+    ],
 )
 def test_two_arms_of_one_method_differ_in_five_percent(n_patients: int, scatter: str) -> None:
     rng = np.random.default_rng(n_patients)

@@ -289,6 +289,7 @@ def test_training_learns(phantom: Dataset, tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_same_parameters(phantom: Dataset, tmp_path: Path) -> None:
     """Two gloo ranks see different batches and must still agree on every bit."""
     import subprocess

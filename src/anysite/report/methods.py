@@ -6,7 +6,8 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from anysite.report.format import without_folders
 from anysite.report.read import Row
@@ -57,22 +58,71 @@ class MethodSummary:
     """
 
     name: str
-    seeds: tuple[str, ...]
-    unseen: Estimate | None
-    in_domain: Estimate | None
-    sites: dict[str, Estimate]
-    worst_site: str
+    rows: tuple[Row, ...] = field(repr=False)
     comparison: Comparison | None
     cost: Comparison | None
     differences: tuple[tuple[str, float], ...]
     left_out: tuple[int, int]
     p_adjusted: float | None
-    train_seconds: float | None
-    train_steps: float | None
-    peak_memory_mb: float | None
-    predict_seconds_per_case: float | None
-    metrics: tuple[MetricSummary, ...]
-    matrix: Matrix
+
+    @property
+    def seeds(self) -> tuple[str, ...]:
+        """The seeds it was trained with."""
+        return tuple(sorted({row.seed for row in self.rows}))
+
+    @cached_property
+    def _scores(self) -> tuple[CaseScore, ...]:
+        return tuple(score_cases(self.rows))
+
+    @cached_property
+    def unseen(self) -> Estimate | None:
+        """The Dice at sites that trained nothing."""
+        return estimate(of_split(self._scores, "unseen"))
+
+    @cached_property
+    def in_domain(self) -> Estimate | None:
+        """The Dice on held-out patients of the training sites."""
+        return estimate(of_split(self._scores, "in_domain"))
+
+    @cached_property
+    def sites(self) -> dict[str, Estimate]:
+        """The Dice at each unseen site."""
+        return _by_site(of_split(self._scores, "unseen"))
+
+    @property
+    def worst_site(self) -> str:
+        """The unseen site of the lowest Dice, empty where there is none."""
+        return min(self.sites, key=lambda domain: self.sites[domain].mean, default="")
+
+    @property
+    def train_seconds(self) -> float | None:
+        """What a training took, in the mean."""
+        return mean_of_runs(self.rows, "train_seconds")
+
+    @property
+    def train_steps(self) -> float | None:
+        """The steps of a training, in the mean."""
+        return mean_of_runs(self.rows, "train_steps")
+
+    @property
+    def peak_memory_mb(self) -> float | None:
+        """The largest memory of a job, in the mean."""
+        return mean_of_runs(self.rows, "peak_memory")
+
+    @property
+    def predict_seconds_per_case(self) -> float | None:
+        """What the prediction of a case took, in the mean."""
+        return mean_of_runs(self.rows, "predict_seconds_per_case")
+
+    @cached_property
+    def metrics(self) -> tuple[MetricSummary, ...]:
+        """Every metric at unseen sites."""
+        return summarise_metrics([row for row in self.rows if row.split == "unseen"])
+
+    @cached_property
+    def matrix(self) -> Matrix:
+        """The Dice by training and test sites."""
+        return train_by_test(self.rows)
 
     @property
     def gap(self) -> float | None:
@@ -132,7 +182,6 @@ def summarise_methods(methods: dict[str, list[Row]], baseline: str) -> list[Meth
     p-values of all comparisons are adjusted together (Holm 1979).
     """
     order = [baseline, *(name for name in methods if name != baseline)]
-    scores = {name: score_cases(methods[name]) for name in order}
     base, people = _pairings(methods[baseline])
     base_inside, people_inside = _pairings(methods[baseline], "in_domain")
     costs: dict[str, Comparison] = {}
@@ -163,33 +212,18 @@ def summarise_methods(methods: dict[str, list[Row]], baseline: str) -> list[Meth
         if comparisons
         else ()
     )
-    summaries = []
-    for name in order:
-        rows = methods[name]
-        unseen = of_split(scores[name], "unseen")
-        sites = _by_site(unseen)
-        summaries.append(
-            MethodSummary(
-                name=name,
-                seeds=tuple(sorted({row.seed for row in rows})),
-                unseen=estimate(unseen),
-                in_domain=estimate(of_split(scores[name], "in_domain")),
-                sites=sites,
-                worst_site=min(sites, key=lambda domain: sites[domain].mean, default=""),
-                comparison=comparisons.get(name),
-                cost=costs.get(name),
-                differences=differences.get(name, ()),
-                left_out=left_out.get(name, (0, 0)),
-                p_adjusted=adjusted.get(name),
-                train_seconds=mean_of_runs(rows, "train_seconds"),
-                train_steps=mean_of_runs(rows, "train_steps"),
-                peak_memory_mb=mean_of_runs(rows, "peak_memory"),
-                predict_seconds_per_case=mean_of_runs(rows, "predict_seconds_per_case"),
-                metrics=summarise_metrics([row for row in rows if row.split == "unseen"]),
-                matrix=train_by_test(rows),
-            )
+    return [
+        MethodSummary(
+            name=name,
+            rows=tuple(methods[name]),
+            comparison=comparisons.get(name),
+            cost=costs.get(name),
+            differences=differences.get(name, ()),
+            left_out=left_out.get(name, (0, 0)),
+            p_adjusted=adjusted.get(name),
         )
-    return summaries
+        for name in order
+    ]
 
 
 def train_by_test(rows: Sequence[Row]) -> Matrix:

@@ -196,5 +196,7 @@ def worst_first(scores: Iterable[CaseScore]) -> list[CaseScore]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
+    if len(values) == 1:  # as of most cases and classes, of which there are many
+        return values[0]
     defined = [value for value in values if value is not None]
     return statistics.fmean(defined) if defined else None
