@@ -203,8 +203,8 @@ def _require_all_sites(job: Job, dataset: Dataset) -> None:
     settings = job.settings
     if settings.train.labelled_patients is not None:  # of few patients some sites may have none
         return
-    lost = [site for site in job.train_domains if site not in split(dataset, settings).learned_domains]
-    if lost:
+    learned = split(dataset, settings).learned_domains
+    if lost := [site for site in job.train_domains if site not in learned]:
         raise DataError(
             f"nothing to learn from at {', '.join(lost)}, which rows would name as trained on", where=job.dataset,
             fix="a patient who is also at a test site, or held out at another, trains nothing: give patients of "
