@@ -72,9 +72,9 @@ class Row(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_empty(cls, content: Any) -> Any:
+    def _prepare(cls, content: Any) -> Any:
+        """Name the surface Dice by another tolerance than usual as a metric of its own, and take null as empty."""
         if isinstance(content, dict) and "tolerance" in content:
-            # A metric of its own: within another distance more or less of the surfaces lies.
             content = content | {"metric": f"{content.get('metric')}@{content['tolerance']}"}
         if not isinstance(content, dict) or None not in content.values():
             return content
