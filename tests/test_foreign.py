@@ -67,7 +67,7 @@ def test_masks_of_one_model_are_judged_by_image_and_shape(
     reference, judged = sets
     masks = write_masks(tmp_path / "masks", judged, keep, bad=2)
     judge = MaskJudge(reference, [], 1)
-    assert set(judge.judge.detectors) == {"histogram", "shape"}
+    assert set(judge.judge.detectors) == {"histogram", "power_spectrum", "shading", "shape"}
     outcomes = list(judge.judge_folders([masks], judged.cases))
     assert "accept" not in decisions(outcomes)[:2]
     assert outcomes[0].verdict is not None

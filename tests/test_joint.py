@@ -539,7 +539,7 @@ def test_cases_of_a_joint_training_are_known_again_in_their_own_dataset(organs: 
     dataset = open_dataset(organs)
     run = train(dataset, configure("train.steps=2"), tmp_path / "run")
     segmenter = Segmenter([run])
-    (grid,) = run.plan.to_grids(dataset.cases[0].image())[:1]
+    grid = run.plan.to_grids(dataset.cases[0].image())
     seen = segmenter._predict(grid, segmenter.members[0], watch=True)
     # What is judged is the mask that is written: here the background, though one class is the likeliest.
     chances = np.zeros_like(seen.probabilities)

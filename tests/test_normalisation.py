@@ -20,7 +20,7 @@ from anysite.normalisation import (
 
 
 def normalise(channel: np.ndarray, normalisation: Normalisation) -> np.ndarray:
-    return compare_to_surroundings(normalise_as_a_whole(channel, normalisation), normalisation)
+    return compare_to_surroundings(normalise_as_a_whole(channel, normalisation)[0], normalisation)
 
 
 def textured(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -137,3 +137,13 @@ def test_noisy_images_are_compared_to_their_surroundings_the_less(rng: np.random
 
     assert lifted(noisy, 3.0) < 0.7 * lifted(noisy, 0.0)
     assert lifted(image, 3.0) == pytest.approx(lifted(image, 0.0), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["none", "case", "local", "dataset"])
+def test_what_no_signal_becomes_is_what_a_voxel_without_any_becomes(kind: Any) -> None:
+    channel = 90 + 20 * textured((40, 30))
+    channel[:8] = 0
+    normalisation = Normalisation(kind=kind, mean=40.0, std=25.0, low=0.0, high=150.0)
+    whole, nothing = normalise_as_a_whole(channel, normalisation)
+    assert nothing == pytest.approx(float(whole[0, 0]), abs=1e-5)
+    assert nothing == pytest.approx(float(whole.min()), abs=1e-5)

@@ -74,7 +74,9 @@ class MaskJudge:
                 f"{len(cases)} reference cases with masks", where=reference.name,
                 expected=f"cases of {LEAST} patients or more", fix="give more of them",
             )  # fmt: skip
-        names = ["histogram", "shape"] + (["pairwise_dice"] if folders and members > 1 else [])
+        names = ["histogram", "power_spectrum", "shading", "shape"]
+        if folders and members > 1:
+            names += ["pairwise_dice"]
         if folders and all(_probabilities_of(folder, case.id) for folder in folders for case in cases):
             names += ["entropy", "soft_dice"]
         self.judge = Judge(
@@ -111,7 +113,7 @@ class MaskJudge:
     def _observe(self, case: Case, folders: Sequence[Path]) -> Output:
         """Return what the judge may know of one case, on the reference's grid; without folders its own label."""
         image = case.image()
-        normalised = self.plan.to_grid(image).numpy()  # first, because it says what does not fit
+        grid = self.plan.to_grids(image)  # first, because it says what does not fit
         if folders:
             maps = [self._read_maps(folder, case, image) for folder in folders]
         else:
@@ -120,7 +122,11 @@ class MaskJudge:
         mean = np.mean(maps, 0)
         views = [torch.from_numpy(one)[None] for one in maps]
         agreement = count_agreement(views, bool(self.plan.regions)) if len(views) > 1 else None
-        return Output(normalised, mean, bool(self.plan.regions), (), agreement, decide=self.plan.decide)
+        return Output(
+            grid.seen.numpy(), mean, bool(self.plan.regions), (), agreement,
+            None if grid.whole is None else grid.whole.numpy(), grid.nothing,
+            self.plan.slice_wise, self.plan.decide,
+        )  # fmt: skip
 
     def _read_maps(self, folder: Path, case: Case, image: Volume) -> Float[np.ndarray, "k *s"]:
         path = _mask_of(folder, case.id)

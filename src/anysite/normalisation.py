@@ -45,18 +45,22 @@ class Normalisation(BaseModel):
 
 def normalise_as_a_whole(
     channel: Float[np.ndarray, "*s"], normalisation: Normalisation
-) -> Float[np.ndarray, "*s"]:
-    """Return one channel of an image on the plan's grid, normalised alike everywhere: of "local" what comes first."""
+) -> tuple[Float[np.ndarray, "*s"], float]:
+    """Return one channel of an image on the plan's grid, normalised alike everywhere, and what became of no signal.
+
+    Of "local" this comes first. No signal is an intensity of 0, of Hounsfield units the lower end of their window.
+    """
     if normalisation.kind == "none":
-        return channel
+        return channel, 0.0
     if normalisation.kind == "dataset":
-        return (
-            np.clip(channel, normalisation.low, normalisation.high) - normalisation.mean
-        ) / normalisation.std
+        clipped = np.clip(channel, normalisation.low, normalisation.high)
+        nothing = (normalisation.low - normalisation.mean) / normalisation.std
+        return (clipped - normalisation.mean) / normalisation.std, nothing
     low, high = np.percentile(channel, CLIP_PERCENTILES)
     # Where nearly every voxel has one value, clipping would leave nothing of the rest.
     clipped = np.clip(channel, low, high) if low < high else channel
-    return _standardise(clipped)
+    mean, contrast = _measure_contrast(clipped)
+    return ((clipped - mean) / contrast).astype(np.float32), -mean / contrast
 
 
 def compare_to_surroundings(
@@ -68,7 +72,9 @@ def compare_to_surroundings(
     least = normalisation.least_contrast
     if normalisation.noise_contrast:
         least += normalisation.noise_contrast * measure_noise(channel)
-    return _standardise(even_out(channel, normalisation.sigma_voxels, least))
+    evened = even_out(channel, normalisation.sigma_voxels, least)
+    mean, contrast = _measure_contrast(evened)
+    return ((evened - mean) / contrast).astype(np.float32)
 
 
 def even_out(
@@ -105,12 +111,12 @@ def measure_noise(values: Float[np.ndarray, "*s"]) -> float:
     return float(np.median(np.abs(convolve(values, kernel, mode="nearest")))) / MEDIAN_OF_NORMAL
 
 
-def _standardise(values: Float[np.ndarray, "*s"]) -> Float[np.ndarray, "*s"]:
-    # The mean over voxels in float64: float32 sums lose digits on large volumes.
+def _measure_contrast(values: Float[np.ndarray, "*s"]) -> tuple[float, float]:
+    """Return the mean, and the standard deviation or, of a constant, 1."""
+    # Over voxels in float64: float32 sums lose digits on large volumes.
     mean, std = values.mean(dtype=np.float64), values.std(dtype=np.float64)
     # What rounding makes of a constant is no contrast; how small the numbers are says nothing.
-    contrast = std if std > 1e-6 * np.abs(values).max() else 1.0
-    return ((values - mean) / contrast).astype(np.float32)
+    return mean, std if std > 1e-6 * np.abs(values).max() else 1.0
 
 
 def _smooth(values: Float[np.ndarray, "*s"], sigma_voxels: tuple[float, ...]) -> Float[np.ndarray, "*s"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,21 @@ from anysite.errors import ConfigError, DataError, GeometryError
 from anysite.normalisation import Normalisation, compare_to_surroundings, normalise_as_a_whole
 
 HIDDEN = -1e4  # a logit of no probability
+
+
+@dataclass(frozen=True, eq=False)
+class GridImage:
+    """An image on a plan's grid.
+
+    Attributes:
+        seen: Normalised, as the network sees it.
+        whole: As it was before surroundings had a say; none where they have none.
+        nothing: What no signal became, channel by channel, in `whole` or else `seen`; none where unknown.
+    """
+
+    seen: Float[Tensor, "c *s"]
+    whole: Float[Tensor, "c *s"] | None = None
+    nothing: tuple[float, ...] | None = None
 
 
 class Variant(BaseModel):
@@ -117,10 +133,10 @@ class Plan(BaseModel):
 
     def to_grid(self, image: Volume) -> Float[Tensor, "c *s"]:
         """Return the image on the plan's grid, normalised, slice axis first."""
-        return self.to_grids(image)[0]
+        return self.to_grids(image).seen
 
-    def to_grids(self, image: Volume) -> tuple[Float[Tensor, "c *s"], Float[Tensor, "c *s"] | None]:
-        """Return the same as `to_grid`, and as it was before surroundings had a say; none where they have none.
+    def to_grids(self, image: Volume) -> GridImage:
+        """Return the same as `to_grid`, with what else is to be known of it.
 
         Raises:
             DataError: intensities that overflow.
@@ -128,7 +144,8 @@ class Plan(BaseModel):
         normalisation = self.variant_of(image).normalisation
         with np.errstate(over="ignore", invalid="ignore"):
             array = self.on_grid(image).array.astype(np.float32)
-            whole = [normalise_as_a_whole(a, n) for a, n in zip(array, normalisation, strict=True)]
+            normalised = [normalise_as_a_whole(a, n) for a, n in zip(array, normalisation, strict=True)]
+            whole, nothing = zip(*normalised, strict=True)
             grid = [compare_to_surroundings(a, n) for a, n in zip(whole, normalisation, strict=True)]
         if not all(np.isfinite(channel).all() for channel in grid):
             raise DataError(
@@ -137,7 +154,8 @@ class Plan(BaseModel):
                 fix="write another value where the image has none",
             )
         local = any(n.kind == "local" for n in normalisation)
-        return torch.from_numpy(np.stack(grid)), torch.from_numpy(np.stack(whole)) if local else None
+        before = torch.from_numpy(np.stack(whole)) if local else None
+        return GridImage(torch.from_numpy(np.stack(grid)), before, tuple(map(float, nothing)))
 
     def for_task(self, name: str, unknown: Literal["background", "left_out"] = "background") -> Plan:
         """Return the plan for images that are known to be like those of one of several datasets.

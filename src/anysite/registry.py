@@ -50,6 +50,8 @@ AUTO_ADAPTER = "standard_views"  # on corrupted source images it harmed far fewe
 DETECTORS = {
     "spectral": "anysite.detectors.spectral:Spectral",
     "histogram": "anysite.detectors.histogram:Histogram",
+    "power_spectrum": "anysite.detectors.power_spectrum:PowerSpectrum",
+    "shading": "anysite.detectors.shading:Shading",
     "mahalanobis": "anysite.detectors.mahalanobis:Mahalanobis",
     "nearest": "anysite.detectors.nearest:Nearest",
     "entropy": "anysite.detectors.entropy:Entropy",

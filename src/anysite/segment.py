@@ -33,7 +33,7 @@ from anysite.judge import Judge, Verdict, average_verdicts
 from anysite.maps import GridMaps, Prediction, average
 from anysite.networks import Network
 from anysite.observations import count_agreement, count_shared, sum_layers
-from anysite.plan import Plan
+from anysite.plan import GridImage, Plan
 from anysite.postprocessing import combine
 from anysite.runs import Run, is_pretraining
 from anysite.settings import PredictSettings
@@ -110,11 +110,9 @@ class Segmenter:
         native = image.without_voxels()
         grids = _to_grids(image, [member.plan for member in self.members])
         del image  # a large one would lie beside all that follows
-        for (grid, whole), member, judge, adapter in zip(
-            grids, self.members, self.judges, self.adapters, strict=True
-        ):
+        for grid, member, judge, adapter in zip(grids, self.members, self.judges, self.adapters, strict=True):
             watch = judge is not None or adapter is not None
-            before = after = self._predict(grid, member, watch=watch, whole=whole)
+            before = after = self._predict(grid, member, watch=watch)
             verdict = None
             if judge is not None:
                 image_alone = not segments_as_judged(member.config, member.plan, self.settings)
@@ -151,8 +149,7 @@ class Segmenter:
             flips: Whether to average over mirrored views; none: as prediction does.
         """
         member = self.members[0]
-        grid, whole = member.plan.to_grids(image)
-        return self._predict(grid, member, watch=True, flips=flips, whole=whole)
+        return self._predict(member.plan.to_grids(image), member, watch=True, flips=flips)
 
     def label_of(self, output: Output, image: Volume) -> Volume:
         """Return the label map on an image's own grid that an output of the first run's network means."""
@@ -189,7 +186,7 @@ class Segmenter:
         return adapter
 
     def _adapt(
-        self, grid: Float[Tensor, "c *s"], member: _Member, adapter: Adapter, before: Output,
+        self, grid: GridImage, member: _Member, adapter: Adapter, before: Output,
         verdict: Verdict | None, judge: Judge | None,
     ) -> tuple[Adaptation, Output, dict[str, Tensor]]:  # fmt: skip
         """Return what became of adapting to an image, the output to go on with, and drawings where it is new."""
@@ -198,7 +195,7 @@ class Segmenter:
         reason = find_reason_against(settings, verdict, of_shift)
         if reason:
             return Adaptation(adapter.name, False, reason), before, {}
-        windows = choose_windows(grid, before, member.plan, self.settings.overlap, settings.windows)
+        windows = choose_windows(grid.seen, before, member.plan, self.settings.overlap, settings.windows)
         if windows is None:
             return Adaptation(adapter.name, False, NOTHING_FOUND), before, {}
         try:
@@ -208,7 +205,7 @@ class Segmenter:
             with torch.random.fork_rng(devices=[]), self._autocast(learning=True):
                 torch.default_generator.manual_seed(0)
                 drawn = [adapter.draw(shown)]
-                adapter.look(grid)
+                adapter.look(grid.seen)
                 observed = adapter.adapt(windows)
                 drawn.append(adapter.draw(shown))
             facts = {name: value for name, value in observed.items() if math.isfinite(value)}
@@ -248,12 +245,11 @@ class Segmenter:
 
     def predict_grid(self, image: Float[Tensor, "c *s"]) -> list[Float[Tensor, "k *s"]]:
         """Return each member's probabilities for an image that lies on its plan's grid already."""
-        outputs = [self._predict(image, member, watch=False) for member in self.members]
+        outputs = [self._predict(GridImage(image), member, watch=False) for member in self.members]
         return [torch.from_numpy(output.probabilities) for output in outputs]
 
     def _predict(
-        self, image: Float[Tensor, "c *s"], member: _Member, *, watch: bool, flips: bool | None = None,
-        whole: Float[Tensor, "c *s"] | None = None,
+        self, image: GridImage, member: _Member, *, watch: bool, flips: bool | None = None
     ) -> Output:  # fmt: skip
         """Return the merged probabilities of all windows, and with `watch` the sums over the encoder's layers."""
         network, plan = member.network, member.plan
@@ -294,12 +290,12 @@ class Segmenter:
         other_views = watch and len(sets) == 1
         with torch.inference_mode(), self._autocast():
             probabilities = slide(
-                image.to(self.device), predict, plan, self.settings.overlap, self.settings.batch_size,
+                image.seen.to(self.device), predict, plan, self.settings.overlap, self.settings.batch_size,
                 compare_windows if other_views else None,
             )  # fmt: skip
         return Output(
-            image.cpu().numpy(), probabilities.cpu().numpy(), bool(plan.regions), layers, agreement,
-            None if whole is None else whole.numpy(), plan.decide,
+            image.seen.cpu().numpy(), probabilities.cpu().numpy(), bool(plan.regions), layers, agreement,
+            None if image.whole is None else image.whole.numpy(), image.nothing, plan.slice_wise, plan.decide,
         )  # fmt: skip
 
 
@@ -324,10 +320,8 @@ def _choose_plan(run: Run, task: str | None) -> Plan:
     return run.plan.for_task(task, unknown) if task else run.plan.model_copy(update={"unknown": unknown})
 
 
-def _to_grids(
-    image: Volume, plans: Sequence[Plan]
-) -> Iterator[tuple[Float[Tensor, "c *s"], Float[Tensor, "c *s"] | None]]:
-    """Yield the image on every plan's grid, and as it was before surroundings had a say, once for equal plans in a row.
+def _to_grids(image: Volume, plans: Sequence[Plan]) -> Iterator[GridImage]:
+    """Yield the image on every plan's grid, made once for equal plans in a row.
 
     Neither it nor the voxels of the image are kept for longer than something needs them.
     """

@@ -333,7 +333,11 @@ class JudgeSettings(Settings):
 
     detectors: dict[str, dict[str, Any]] = Field(
         default_factory=lambda: {
-            name: {} for name in ("histogram", "spectral", "entropy", "soft_dice", "pairwise_dice", "shape")
+            name: {}
+            for name in (
+                *("histogram", "power_spectrum", "shading", "spectral"),
+                *("entropy", "soft_dice", "pairwise_dice", "shape"),
+            )
         },
         description="detector name to its settings; empty: no verdicts",
     )

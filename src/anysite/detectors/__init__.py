@@ -73,6 +73,9 @@ class Output:
             view of one window saw it all.
         whole: Intensities normalised alike everywhere, where `image` is normalised by each voxel's surroundings, which
             takes away much of what scanners differ in.
+        nothing: What no signal became by normalisation, channel by channel, of `whole` or else `image`; none where that
+            is not known.
+        slice_wise: Whether it is a volume that is segmented slice by slice.
         decide: How a class is found from the probabilities, as for the mask that is written.
     """
 
@@ -82,7 +85,14 @@ class Output:
     layers: tuple[Layer, ...]
     agreement: Agreement | None = None
     whole: Float[np.ndarray, "c *s"] | None = None
+    nothing: tuple[float, ...] | None = None
+    slice_wise: bool = False
     decide: Callable[[np.ndarray], np.ndarray] = find_likeliest
+
+    @property
+    def compared(self) -> Float[np.ndarray, "c *s"]:
+        """Intensities normalised alike everywhere, which tell what scanners differ in."""
+        return self.image if self.whole is None else self.whole
 
     @cached_property
     def label(self) -> Integer[np.ndarray, "*s"]:

@@ -38,7 +38,7 @@ class Histogram(Detector):
         First of intensities normalised alike everywhere, which are compared, then of those that the network sees.
         """
         seen = measure_shares(output.image, self.bins)
-        compared = seen if output.whole is None else measure_shares(output.whole, self.bins)
+        compared = seen if output.whole is None else measure_shares(output.compared, self.bins)
         return np.sqrt([compared, seen]).ravel()
 
     @property
