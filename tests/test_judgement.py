@@ -97,9 +97,15 @@ def test_a_shift_is_told_by_the_signs_that_tell_it(rng: np.random.Generator) -> 
     signs = np.abs(rng.normal(size=(200, 3)))
     signs[shifted, 1] += 2
     signs[:, 2] = -0.5 * signs[:, 1] + 3  # falls where a shift is: no weight below 0
-    weights = quality.fit_shift(signs, shifted)
+    weights = quality.fit_shift(signs, shifted, np.zeros(3))
     assert (weights >= 0).all()
     assert weights[1] > 10 * max(weights[0], weights[2])
+    even = quality.fit_shift(signs, shifted, np.ones(3))
+    assert weights[0] < even[0] < 1 < even[1]
+    # What is alike in both says nothing, and the weights stay where they were.
+    np.testing.assert_allclose(
+        quality.fit_shift(np.ones((200, 2)), shifted, np.array([1.0, 0])), [1, 0], atol=1e-4
+    )
 
 
 def test_the_dice_model_is_least_squares_where_nothing_is_at_its_bound(rng: np.random.Generator) -> None:
@@ -126,8 +132,9 @@ def test_the_combined_score_of_an_image_is_by_weights_without_its_patient(rng: n
     signs, shifted = np.abs(rng.normal(size=(40, 2))), np.arange(40) % 2 > 0
     signs[shifted] += 1
     patients = [str(index // 4) for index in range(40)]
-    alone = quality.score_left_out(signs, shifted, patients)
-    np.testing.assert_array_equal(alone[:4], signs[:4] @ quality.fit_shift(signs[4:], shifted[4:]))
+    usual = np.array([1.0, 0.0])
+    alone = quality.score_left_out(signs, shifted, usual, patients)
+    np.testing.assert_array_equal(alone[:4], signs[:4] @ quality.fit_shift(signs[4:], shifted[4:], usual))
 
 
 @pytest.mark.parametrize("patients", [5, 10, 40])

@@ -251,6 +251,7 @@ class Judge:
         scores = np.array([[*self._score(reference.vectors).values()] for reference in held_out])
         signs, doubts = quality.signs_of(scores), quality.signs_of(scores, self._in_dice)
         shifted = np.array([reference.shifted for reference in held_out])
+        usual = np.array([float(detector.of_shift) for detector in self.detectors.values()])
         # Of a mask in which nothing was found no Dice is expected.
         dice_of = [None if reference.vectors["empty"][0] else reference.dice for reference in held_out]
         scored = np.array([dice is not None for dice in dice_of])
@@ -265,11 +266,11 @@ class Judge:
         # One tail of an interval has half of what it leaves out.
         self.risk_margin = max(-1.0, quality.find_margins(errors, patients, 1 - 2 * self.settings.risk)[0])
         self.weights = {
-            COMBINED: quality.fit_shift(signs, shifted),
+            COMBINED: quality.fit_shift(signs, shifted, usual),
             QUALITY: quality.fit_dice(doubts[scored], dice),
         }
         everyone = [reference.patient for reference in held_out]
-        strangeness = quality.score_left_out(signs, shifted, everyone)
+        strangeness = quality.score_left_out(signs, shifted, usual, everyone)
         self.limits[COMBINED] = _find_limit(strangeness[~shifted], share, least=0.0)
         lost = 1 - expected[~shifted[scored]]
         unmarked = 1 - float(self.weights[QUALITY][0])

@@ -12,6 +12,9 @@ from scipy import special
 
 Signs = Float[np.ndarray, "n d"]
 RIDGE = 1e-2  # keeps signs that say the same from cancelling each other
+RIDGE_TO_EVEN = (
+    3e-2  # keeps the weights that tell shifts near even ones, which so few images hardly can improve on
+)
 
 
 def signs_of(
@@ -28,7 +31,9 @@ def signs_of(
     return signs if in_dice is None else np.where(in_dice, scores, signs)
 
 
-def fit_shift(signs: Signs, shifted: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " d"]:
+def fit_shift(
+    signs: Signs, shifted: Bool[np.ndarray, " n"], usual: Float[np.ndarray, " d"]
+) -> Float[np.ndarray, " d"]:
     """Return the weights, none below 0, of a logistic regression that tells shifted images from others.
 
     Both kinds count alike however many there are.
@@ -36,6 +41,7 @@ def fit_shift(signs: Signs, shifted: Bool[np.ndarray, " n"]) -> Float[np.ndarray
     Args:
         signs: Of held-out images, and of copies of them under synthetic shifts.
         shifted: Which are such copies.
+        usual: The weights that they are held near to.
     """
     from scipy import optimize  # slow to import, which prediction does without
 
@@ -45,12 +51,13 @@ def fit_shift(signs: Signs, shifted: Bool[np.ndarray, " n"]) -> Float[np.ndarray
     def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
         margin = direction * (signs @ values[1:] + values[0])
         pull = -weight * direction * special.expit(-margin)
-        gradient = np.concatenate([[pull.sum()], pull @ signs + RIDGE * values[1:]])
+        apart = values[1:] - usual
+        gradient = np.concatenate([[pull.sum()], pull @ signs + RIDGE_TO_EVEN * apart])
         return float(
-            -(weight * special.log_expit(margin)).sum() + RIDGE / 2 * values[1:] @ values[1:]
+            -(weight * special.log_expit(margin)).sum() + RIDGE_TO_EVEN / 2 * apart @ apart
         ), gradient
 
-    start = np.zeros(signs.shape[1] + 1)
+    start = np.concatenate([[0.0], usual])
     bounds = [(None, None)] + [(0, None)] * signs.shape[1]
     found: Any = optimize.minimize(loss, start, jac=True, bounds=bounds, method="L-BFGS-B")
     return found.x[1:]
@@ -90,12 +97,12 @@ def expect_left_out(
 
 
 def score_left_out(
-    signs: Signs, shifted: Bool[np.ndarray, " n"], patients: Sequence[str]
+    signs: Signs, shifted: Bool[np.ndarray, " n"], usual: Float[np.ndarray, " d"], patients: Sequence[str]
 ) -> Float[np.ndarray, " n"]:
     """Return the combined score of every image by weights that saw none of its patient."""
     scores = np.empty(len(shifted))
     for own in _each(patients):
-        scores[own] = signs[own] @ fit_shift(signs[~own], shifted[~own])
+        scores[own] = signs[own] @ fit_shift(signs[~own], shifted[~own], usual)
     return scores
 
 
