@@ -79,22 +79,23 @@ def _measure(slices: Float[np.ndarray, "n h w"], bands: int) -> tuple[Vector, Ve
     height, width = slices.shape[1:]
     # A window, since an image's left and right borders differ; ends that are not zero leave something of two voxels.
     window = np.outer(np.hanning(height + 2)[1:-1], np.hanning(width + 2)[1:-1]).astype(np.float32)
-    total, logarithms = np.zeros((2, height, width))
-    for picture in slices:
-        power = np.square(np.abs(np.fft.fft2(picture * window)))
-        total += power
-        logarithms += np.log(power + SILENCE)
+    power = np.square(np.abs(np.fft.rfft2(slices * window)))
+    logarithms = np.log(power + SILENCE)
+    usual, smooth = (_unfold(half.mean(0, dtype=np.float64), width) for half in (power, logarithms))
     radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
-    band = np.minimum(
-        (2 * bands * radius).astype(int), bands
-    ).ravel()  # the corners beyond Nyquist's are left out
-    counts, sums = (np.bincount(band, weights, bands + 1)[:bands] for weights in (None, total.ravel()))
+    band = np.minimum((2 * bands * radius).astype(int), bands).ravel()  # the last is beyond Nyquist's
+    counts, sums = (np.bincount(band, weights, bands + 1)[:bands] for weights in (None, usual.ravel()))
     held = np.flatnonzero(counts)  # of a short side not all bands hold a frequency
-    means = np.log(sums[held] / counts[held] + SILENCE) - np.log(total.mean() + SILENCE)
-    smooth = logarithms / len(slices)
+    means = np.log(sums[held] / counts[held] + SILENCE) - np.log(usual.mean() + SILENCE)
     uneven = smooth - ndimage.uniform_filter(smooth, NEIGHBOURHOOD, mode="wrap")
     lines = [uneven.mean(axis) for axis in (0, 1)]
     # Which axis is which says less than how they differ: the smaller of the two first.
     spread = sorted(line.std() for line in lines) + sorted(np.abs(line).max() for line in lines)
     unevenness = np.log(np.array([*spread, uneven.std(), uneven.max()]) + SILENCE)
     return np.interp(np.arange(bands), held, means), unevenness
+
+
+def _unfold(half: Float[np.ndarray, "h _"], width: int) -> Float[np.ndarray, "h w"]:
+    """Return all frequencies of a real image's power, which at opposite ones is the same."""
+    opposite = np.roll(half[::-1], 1, axis=0)[:, (width - 1) // 2 : 0 : -1]
+    return np.concatenate([half, opposite], axis=1)
