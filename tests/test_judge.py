@@ -486,6 +486,16 @@ def judge_of(draw: Draw, count: int = 20, held_out: int = 20, shifted: int = 0, 
     return judge
 
 
+def test_the_dice_to_expect_rests_on_the_mask_wherever_something_speaks_of_it(draw: Draw) -> None:
+    judge = judge_of(draw, shifted=20, detectors={"histogram": {}, "entropy": {}, "nearest": {}})
+    _, *slopes = judge.weights[QUALITY]
+    assert slopes[0] == slopes[2] == 0
+    assert slopes[1] > 0
+    assert (judge.weights[COMBINED][[0, 2]] > 0).all()
+    blind = judge_of(draw, shifted=20, detectors={"histogram": {}, "nearest": {}})
+    assert blind.weights[QUALITY][1:].sum() > 0
+
+
 @pytest.mark.parametrize("held_out", [0, 5, 20])
 @pytest.mark.parametrize("count", [5, 30])
 def test_the_false_alarm_rate_is_about_the_one_stated(count: int, held_out: int, draw: Draw) -> None:

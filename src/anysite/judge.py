@@ -74,7 +74,8 @@ class Judge:
         limits: Of every score the median of its reference distances and where a review begins.
         share_empty: Share of the reference images in which nothing was found.
         weights: Of every detector in the combined score, and what its sign takes from the expected Dice, after
-            the Dice of an image without signs; empty where there were too few held-out patients.
+            the Dice of an image without signs, nothing where it speaks of the image; empty where there were too few
+            held-out patients.
         margins: How far below and above the expected Dice the true one lies.
         risk_margin: How far below it the one that can be counted on lies.
 
@@ -252,6 +253,8 @@ class Judge:
         signs, doubts = quality.signs_of(scores), quality.signs_of(scores, self._in_dice)
         shifted = np.array([reference.shifted for reference in held_out])
         usual = np.array([float(detector.of_shift) for detector in self.detectors.values()])
+        if not usual.all():  # what the image says withdraws the expectation, and has no part in it
+            doubts = np.where(usual > 0, 0.0, doubts)
         # Of a mask in which nothing was found no Dice is expected.
         dice_of = [None if reference.vectors["empty"][0] else reference.dice for reference in held_out]
         scored = np.array([dice is not None for dice in dice_of])
