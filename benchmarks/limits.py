@@ -26,6 +26,7 @@ from anysite.rows import read_rows
 from anysite.runs import JUDGE, load_tensors
 
 FITTED, DRAWS = 10, 1000
+LEAST = 1e-6
 RATES = (0.05, 0.1, 0.2)
 
 
@@ -66,7 +67,8 @@ def read_distances(run: Path, path: Path) -> tuple[str, int, np.ndarray]:
             task = row["dataset"]
     names = [name for name in limits if all(found.get(name) is not None for found in scores.values())]
     usual, limit = np.array([limits[name] for name in names]).T
-    return task, seed, usual + np.array([[s[n] for n in names] for s in scores.values()]) * (limit - usual)
+    distances = usual + np.array([[s[n] for n in names] for s in scores.values()]) * (limit - usual)
+    return task, seed, np.maximum(distances, LEAST)  # as rows have scores, rounded, some are below nothing
 
 
 def count_crossed(distances: np.ndarray, rate: float, find: Callable[[np.ndarray, float], float]) -> float:
