@@ -14,7 +14,7 @@ KINDS = {
     "in_domain": "training sites, other patients", "unseen": "unseen site", "corrupted": "corrupted",
     "other": "another dataset", "unknown": "role unknown", "all": "all",
 }  # fmt: skip
-GLANCED = ("histogram", "spectral", "combined")  # the scores of the short table
+GLANCED = ("histogram", "power_spectrum", "spectral", "combined")  # the scores of the short table
 
 
 def write_judging_glance(text: str) -> str:
@@ -26,6 +26,8 @@ def write_judging_glance(text: str) -> str:
         (*heads, "other organs rejected", "known masks with the Dice as predicted", *told, sorted_by)
     )
     for _, entry, judgements in _read_judgements():
+        if "glance" not in entry:
+            continue
         judgement = judgements[0]  # later ones are of other noise of the same made-up images
         passed = {group.kind: group for group in judgement.passed}
         known, unseen, other = (passed.get(kind) for kind in ("in_domain", "unseen", "other"))

@@ -1,4 +1,4 @@
-"""Contrast and shading of the image: what normalisation by each voxel's surroundings takes away."""
+"""Contrast and shading: Van Leemput, Maes, Vandermeulen, Suetens, 1999, https://doi.org/10.1109/42.811268."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Shading(Detector):
     """How unlike training images the contrast and the shading of an image are: no network needed.
 
     Both are relative to the mean signal above none, as magnitudes of MR, counts and gray levels have a zero. Shading
-    are the lowest waves of the logarithm, in which a coil's sensitivity adds to the anatomy (Van Leemput et al.,
-    1999, https://doi.org/10.1109/42.811268, who correct it). The distance is Mahalanobis' in principal components.
+    are the lowest waves of the logarithm, in which a coil's sensitivity adds to the anatomy; published is how to
+    correct it. The distance is Mahalanobis' in principal components.
 
     Args:
         variance: Share of the variance that the principal components kept must hold.
