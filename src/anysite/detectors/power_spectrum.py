@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from scipy import ndimage
 
 from anysite.detectors import Detector, Output, Vector, Vectors, scale_apart
@@ -82,9 +83,8 @@ def _measure(slices: Float[np.ndarray, "n h w"], bands: int) -> tuple[Vector, Ve
     power = np.square(np.abs(np.fft.rfft2(slices * window)))
     logarithms = np.log(power + SILENCE)
     usual, smooth = (_unfold(half.mean(0, dtype=np.float64), width) for half in (power, logarithms))
-    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
-    band = np.minimum((2 * bands * radius).astype(int), bands).ravel()  # the last is beyond Nyquist's
-    counts, sums = (np.bincount(band, weights, bands + 1)[:bands] for weights in (None, usual.ravel()))
+    band, counts = _share_out(height, width, bands)
+    sums = np.bincount(band, usual.ravel(), bands + 1)[:bands]
     held = np.flatnonzero(counts)  # of a short side not all bands hold a frequency
     means = np.log(sums[held] / counts[held] + SILENCE) - np.log(usual.mean() + SILENCE)
     uneven = smooth - ndimage.uniform_filter(smooth, NEIGHBOURHOOD, mode="wrap")
@@ -93,6 +93,16 @@ def _measure(slices: Float[np.ndarray, "n h w"], bands: int) -> tuple[Vector, Ve
     spread = sorted(line.std() for line in lines) + sorted(np.abs(line).max() for line in lines)
     unevenness = np.log(np.array([*spread, uneven.std(), uneven.max()]) + SILENCE)
     return np.interp(np.arange(bands), held, means), unevenness
+
+
+@lru_cache(maxsize=8)
+def _share_out(
+    height: int, width: int, bands: int
+) -> tuple[Integer[np.ndarray, " n"], Integer[np.ndarray, " k"]]:
+    """Return the band of every frequency, `bands` beyond Nyquist's, and how many frequencies each band holds."""
+    radius = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
+    band = np.minimum((2 * bands * radius).astype(int), bands).ravel()
+    return band, np.bincount(band, minlength=bands + 1)[:bands]
 
 
 def _unfold(half: Float[np.ndarray, "h _"], width: int) -> Float[np.ndarray, "h w"]:
