@@ -30,9 +30,12 @@ SETTINGS = {
 }
 
 
-def compare(dimension: int, preset: str, rounds: int, threads: int) -> dict[str, Any]:
+def compare(dimension: int, preset: str, detectors: str, rounds: int, threads: int) -> dict[str, Any]:
     """Return the seconds of an image with and without verdict, and what the verdict adds."""
     size, overrides = SETTINGS[dimension]
+    if detectors:
+        chosen = ", ".join(f"{name} = {{}}" for name in detectors.split(","))
+        overrides = [*overrides, f"judge.detectors={{{chosen}}}"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         dataset = open_dataset(
@@ -69,6 +72,7 @@ def compare(dimension: int, preset: str, rounds: int, threads: int) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--preset", default="robust")
+    parser.add_argument("--detectors", default="", help="other ones than the preset's, separated by commas")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--output", type=Path)
@@ -76,7 +80,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     threads = compute.use_threads(arguments.threads)
     report_dimensions(
-        lambda dimension: compare(dimension, arguments.preset, arguments.rounds, threads), arguments.output,
+        lambda dimension: compare(
+            dimension, arguments.preset, arguments.detectors, arguments.rounds, threads
+        ), arguments.output,
         threads=threads, torch=torch.__version__,
     )  # fmt: skip
 
